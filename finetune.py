@@ -1,0 +1,1008 @@
+"""
+Instruction finetuning of GPT-2 under a freeze policy that is proved.
+
+The policy (`--trainable`) is resolved to an exact set of parameters or refused. The set is checked before
+the optimizer exists, against the optimizer, after the first two backward passes and at the end, where every
+frozen tensor must be bit-identical to what was loaded and every trainable one must have changed. run.json
+records that the checks passed; a check that fails ends the run.
+
+The loss of a step is the sum over its supervised tokens divided by their number, whatever the number of
+micro-batches. The same seed, data and flags give the same weights on the same machine.
+
+    python finetune.py                                                  # the embedded model, two minutes on a laptop
+    python finetune.py --trainable last_two_blocks --out runs/last2
+    python finetune.py --lora-r 16 --out runs/lora
+    python finetune.py --model path/to/gpt2 --data my-records.json
+"""
+
+import argparse
+import hashlib
+import itertools
+import json
+import math
+import os
+import platform
+import random
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch says so without numpy, which is not needed
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from data import (IGNORE_INDEX, INSTRUCTIONS, RESPONSES, TEMPLATES, batches, collate, data_file, encode_examples, format_prompt,
+                  load_examples, load_tokenizer, prompt_weight, reshape_example, sample_order, save_tokenizer, select_examples,
+                  split_examples, split_stages, token_weights)
+from evaluate import (eval_mode, exact_match, example_nlls, first_token_entropies, generate_responses,
+                      instruction_following_difficulty, read_records, write_records)
+from freeze import FreezeError, freeze
+from gpt import GPT, generate, model_folder, read_json, read_safetensors, write_json, write_safetensors
+from lora import add_lora, load_lora, save_lora
+
+try:
+    import fcntl
+except ImportError:  # Windows: run folders are not locked there
+    fcntl = None
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+HEAD_ROWS = 1024  # positions whose logits exist at one time
+CURRICULA = ("none", "length", "level", "ifd", "random")
+TAU = 0.05  # nats per response token by which a shorter instruction may be harder and is still taken
+MAX_SKIPPED = 5  # steps in a row without a finite loss and gradient, after which the run ends
+
+
+class UsageError(ValueError):
+    """A flag whose value cannot be used: exit code 2."""
+
+
+# ---------------------------------------------------------------------------------------------
+# command line
+
+
+def number(kind, low, high=math.inf, low_ok=True):
+    """An argparse type: a finite int or float in [low, high] (above low, unless low_ok)."""
+    def parse(text):
+        value = kind(text)
+        if not (low <= value <= high and value < math.inf) or (value == low and not low_ok):
+            bounds = f"{'at least' if low_ok else 'above'} {low}" + (f" and at most {high}" if high < math.inf else "")
+            raise argparse.ArgumentTypeError(f"{text} must be {bounds}")
+        return value
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def auto(parse):
+    """An argparse type: `auto` (as None), or what `parse` takes."""
+    def auto_or(text):
+        return None if text == "auto" else parse(text)
+    auto_or.__name__ = f"auto or {parse.__name__}"
+    return auto_or
+
+
+def given(text):
+    """An argparse type: text. An empty one comes from a shell variable that was never set, and would mean the default."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError("must not be empty" if not text else "holds a NUL character")
+    return text
+
+
+def loss_target(text):
+    """The argparse type of --loss-on."""
+    try:
+        prompt_weight(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def parse_args(argv=None):
+    """Flags in reading order."""
+    count, rate = number(int, 1), number(float, 0)
+    parser = argparse.ArgumentParser(
+        description="Finetune a GPT-2 on instructions; prove what was frozen and what was trained.",
+        epilog="auto: models below 10 M parameters take lr 3e-4, 3 epochs, batches of 16; larger ones lr 5e-5, "
+               "2 epochs, batches of 8 (the book's). Adapters learn at ten times the rate of full weights: --lr is the "
+               "rate of the full weights, or of the adapters where nothing else trains.")
+    parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
+
+    group = parser.add_argument_group("what")
+    group.add_argument("--model", type=given, default="tiny", help="a model folder, a run folder, or tiny (embedded, the default), gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2 (downloaded once)")
+    group.add_argument("--data", type=given, default="tiny", help="a file of records, or tiny (embedded, the default), book, alpaca (downloaded once)")
+    group.add_argument("--out", type=lambda text: Path(given(text)), help="run folder to write (default: runs/MODEL-POLICY)")
+
+    group = parser.add_argument_group("which weights")
+    group.add_argument("--trainable", type=given, help="freeze policy, e.g. all, last_block, lora,norms (default: all; lora with --lora-r)")
+    group.add_argument("--lora-r", type=count, help="rank of the adapters to add (default: none)")
+    group.add_argument("--lora-alpha", type=number(float, 0, low_ok=False), help="scale times rank (default: 2 r)")
+    group.add_argument("--lora-targets", type=given, help="suffixes or patterns of module names (default: c_attn,c_proj,c_fc)")
+    group.add_argument("--lora-dropout", type=number(float, 0, 0.99), help="on the adapters' input (default: 0)")
+    group.add_argument("--rslora", action="store_true", help="scale by alpha / sqrt(r) in place of alpha / r")
+    group.add_argument("--loraplus-ratio", type=number(float, 0, low_ok=False), help="rate of B over rate of A, LoRA+ (default: 1)")
+    group.add_argument("--untie-head", action="store_true", help="give the head its own copy of the embedding")
+
+    group = parser.add_argument_group("data")
+    group.add_argument("--template", choices=list(TEMPLATES), default="alpaca", help="prompt format (default: alpaca)")
+    group.add_argument("--loss-on", type=loss_target, default="response",
+                       help="response, all, or a weight 0..1 for the prompt's tokens (default: response)")
+    group.add_argument("--max-length", type=number(int, 2), help="cut examples to so many tokens (default: block_size)")
+    group.add_argument("--max-examples", type=count, help="train on so many records of the training part (default: all)")
+    group.add_argument("--select", choices=["random", "longest", "shortest", "ifd"],
+                       help="which ones: by chance, by response length, or of largest instruction-following difficulty below 1 (default: the first)")
+    group.add_argument("--instruction", choices=[*INSTRUCTIONS, "adaptive"], default="short",
+                       help="the record's own, its long paraphrase, or the shortest that the base model finds no harder (default: short)")
+    group.add_argument("--response", choices=RESPONSES,
+                       help="answer alone, worked solution then answer, or wrong draft, correction, answer (default: the output as it is)")
+    group.add_argument("--curriculum", choices=[*CURRICULA, *("-" + c for c in CURRICULA[1:])], default="none",
+                       help="train in stages of rising difficulty; with a -, of falling: --curriculum=-length (default: none)")
+    group.add_argument("--stages", type=number(int, 2), help="of a curriculum, each of --epochs passes (default: 3)")
+
+    group = parser.add_argument_group("optimization")
+    group.add_argument("--epochs", type=auto(count), help="passes over the training part (default: auto)")
+    group.add_argument("--batch-size", type=auto(count), help="examples in a micro-batch (default: auto)")
+    group.add_argument("--grad-accum", type=count, default=1, help="micro-batches in a step (default: 1)")
+    group.add_argument("--lr", type=auto(number(float, 0, low_ok=False)), help="peak learning rate (default: auto)")
+    group.add_argument("--lr-decay", type=number(float, 0, 1, low_ok=False), default=1.0,
+                       help="factor on the rate for each block further from the head (default: 1)")
+    group.add_argument("--dropout", type=number(float, 0, 0.99), default=0.0, help="in the model (default: 0)")
+    group.add_argument("--weight-decay", type=rate, default=0.1, help="on matrices, not on biases and norms (default: 0.1)")
+    group.add_argument("--warmup", type=rate, default=0.05, help="steps, or below 1 a share of them (default: 0.05)")
+    group.add_argument("--schedule", choices=["linear", "cosine", "constant"], default="linear",
+                       help="how the rate falls to zero after the warm-up (default: linear)")
+    group.add_argument("--clip", type=rate, default=1.0, help="largest gradient norm; 0: do not clip (default: 1)")
+    group.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=123, help="of sample order, adapters and dropout (default: 123)")
+    group.add_argument("--max-steps", type=count, help="stop after so many steps")
+
+    group = parser.add_argument_group("machine")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    group.add_argument("--dtype", choices=["auto", *DTYPES], default="auto",
+                       help="of the matrix products; weights stay fp32 (default: auto = bf16 on GPUs that have it)")
+
+    group = parser.add_argument_group("output")
+    group.add_argument("--eval-every", type=count, help="validate every so many steps (default: ten times a run)")
+    group.add_argument("--eval-batches", type=count, default=20, help="batches of a validation while training (default: 20)")
+    group.add_argument("--checkpoint-every", type=count, help="write resume state every so many steps (default: only when interrupted)")
+    group.add_argument("--keep", type=count, default=2, help="checkpoints to keep (default: 2)")
+    group.add_argument("--resume", action="store_true", help="go on from the newest intact checkpoint in --out")
+    group.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    group.add_argument("--no-responses", action="store_true", help="do not answer the test prompts")
+    return check_flags(parser.parse_args(argv), parser)
+
+
+def check_flags(args, parser):
+    """Refuse flags that the others would make meaningless, and fill in the defaults that depend on them."""
+    if args.resume and args.overwrite:
+        parser.error("--resume and --overwrite exclude each other")
+    if args.select and not args.max_examples:
+        parser.error("--select has no effect without --max-examples")
+    if args.curriculum == "none" and args.stages:
+        parser.error("--stages has no effect without --curriculum")
+    args.stages = args.stages or (1 if args.curriculum == "none" else 3)
+    if args.lora_r is None:
+        for name in ("lora_alpha", "lora_targets", "lora_dropout", "rslora"):
+            if getattr(args, name) is not None and getattr(args, name) is not False:
+                parser.error(f"--{name.replace('_', '-')} has no effect without --lora-r")
+    else:
+        args.lora_alpha = args.lora_alpha or 2.0 * args.lora_r
+        args.lora_targets = args.lora_targets or "c_attn,c_proj,c_fc"
+        args.lora_dropout = args.lora_dropout or 0.0
+    return args
+
+
+# ---------------------------------------------------------------------------------------------
+# the model at hand
+
+
+def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+    """Resolve `auto`; UsageError for what this machine does not have."""
+    if device == "auto":
+        mps = torch.backends.mps.is_available()
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        torch.zeros(1, device=device)
+        known = torch.device(device).type in ("cpu", "cuda", "mps")
+    except (RuntimeError, AssertionError, NotImplementedError):
+        known = False
+    if not known:
+        raise UsageError(f"--device {device}: not on this machine (auto, cpu, cuda, cuda:1, mps)")
+    device = torch.device(device)
+    if dtype == "auto":
+        dtype = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return device, DTYPES[dtype]
+
+
+def locate(model: str) -> tuple[Path, Path | None]:
+    """The model folder that --model means, and the adapter (or None) that belongs to it when it is a run."""
+    run = Path(model)
+    if not (run / "run.json").is_file():
+        return model_folder(model), None
+    info = read_json(run / "run.json")
+    try:
+        base, trained = Path(info["flags"]["model"]), info.get("freeze", {}).get("trainable", [])
+        needed = {"adapter" if is_adapter(name) else "model" for name in trained}
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(f"{run / 'run.json'}: not what finetune.py writes (flags.model, freeze.trainable)") from None
+    needed = needed or {"adapter" if (run / "adapter").is_dir() else "model"}
+    if missing := [folder for folder in sorted(needed) if not (run / folder).is_dir()]:
+        raise FileNotFoundError(f"{run / missing[0]}: no such folder, but the run trained what belongs there")
+    adapter = run / "adapter" if (run / "adapter").is_dir() else None
+    if (run / "model").is_dir():
+        return run / "model", adapter
+    if os.path.realpath(base) == os.path.realpath(run):
+        raise ValueError(f"{run / 'run.json'}: the run names itself as its base")
+    try:
+        return locate(str(base))[0], adapter
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{run}: its base model is gone: {error}") from None
+
+
+def load_model(args, folder: Path, adapter: Path | None):
+    """Model and tokenizer; the run's adapter is loaded, a new one is added where --lora-r asks for it."""
+    overrides = {"dropout": args.dropout} | ({"tie_word_embeddings": False} if args.untie_head else {})
+    model, tokenizer = GPT.from_pretrained(folder, **overrides), load_tokenizer(folder)
+    if tokenizer.n_vocab > model.config.vocab_size:
+        raise ValueError(f"{folder}: the tokenizer has {tokenizer.n_vocab} ids, the model {model.config.vocab_size}")
+    torch.manual_seed(args.seed)
+    if adapter is not None and args.lora_r is not None:
+        raise UsageError(f"--lora-r {args.lora_r}: {args.model} has an adapter, which is loaded and trained on; "
+                         "to start a new one, merge it first (lora.py merge)")
+    if adapter is not None:
+        load_lora(model, adapter)
+    elif args.lora_r is not None:
+        if args.lora_r > model.config.n_embd:
+            raise UsageError(f"--lora-r {args.lora_r}: the model is {model.config.n_embd} wide, its matrices have no higher rank")
+        try:
+            add_lora(model, args.lora_r, args.lora_alpha, args.lora_targets.split(","), args.lora_dropout, args.rslora)
+        except ValueError as error:
+            raise UsageError(f"--lora-targets {args.lora_targets}: {error}") from None
+    return model, tokenizer
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter is one of an adapter's, by its name."""
+    return ".lora_A." in name or ".lora_B." in name
+
+
+# ---------------------------------------------------------------------------------------------
+# loss, schedule, optimizer
+
+
+def loss_sum(model, batch, loss_on, device, dtype):
+    """
+    Summed cross-entropy (nats) over the supervised tokens of a batch, and their total weight. The head is
+    applied only where a loss is wanted: most positions of an instruction are prompt.
+    """
+    inputs, targets = collate(batch, loss_on)  # (B, T) each
+    weights = token_weights(batch, loss_on).flatten()
+    wanted = (targets.flatten() != IGNORE_INDEX).nonzero()[:, 0]  # (N,)
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        hidden = model.features(inputs.to(device)).flatten(0, 1)[wanted.to(device)]  # (N, C)
+        targets, weights = targets.flatten()[wanted].to(device), weights[wanted].to(device)
+        losses = lambda h, t: F.cross_entropy(model.lm_head(h).float(), t, reduction="none")
+        if len(wanted) <= HEAD_ROWS:
+            total = losses(hidden, targets) @ weights
+        else:  # logits of a part at a time, computed again in the backward pass: all at once would fill the memory
+            parts = zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS), weights.split(HEAD_ROWS))
+            total = sum(checkpoint(losses, h, t, use_reentrant=False) @ w for h, t, w in parts)
+    return total, float(weights.sum())
+
+
+def mean_loss(model, encoded, batch_size, loss_on, device, dtype, limit=None, rank=0, world=1) -> float | None:
+    """Loss per supervised token over a data part (at most `limit` batches of it); None for an empty part."""
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].ids))
+    chunks = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+    if limit:
+        chunks = chunks[::math.ceil(len(chunks) / limit) or 1]  # spread over the lengths
+    total, count = 0.0, 0.0
+    with eval_mode(model):
+        for chunk in chunks[rank::world]:
+            loss, n = loss_sum(model, [encoded[i] for i in chunk], loss_on, device, dtype)
+            total, count = total + float(loss), count + n
+    total, count = total_over_processes([total, count], device)
+    return total / count if count else None
+
+
+def rate_at(step: int, total: int, warmup: int, schedule: str) -> float:
+    """Share of the peak learning rate at a step counted from 0: never zero before the last step is done."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(1, total - warmup)
+    return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[schedule]
+
+
+def depth_factor(name: str, n_layer: int, decay: float) -> float:
+    """decay ** (blocks between a parameter and the head): 1 for ln_f and the head, least for the embeddings."""
+    block = re.search(r"(?:^|\.)h\.(\d+)\.", name)
+    below = n_layer - 1 - int(block[1]) if block else n_layer if name.startswith(("wte.", "wpe.")) else 0
+    return decay ** below
+
+
+def build_optimizer(model, plan, lr, adapter_lr, loraplus_ratio, weight_decay, lr_decay=1.0):
+    """AdamW over exactly plan.parameters(), in groups by learning rate and weight decay."""
+    groups, eligible = {}, set(plan.eligible)
+    for name, p in model.named_parameters():
+        if name in eligible:
+            rate = adapter_lr * (loraplus_ratio if ".lora_B." in name else 1) if is_adapter(name) else lr
+            rate *= depth_factor(name, model.config.n_layer, lr_decay)
+            groups.setdefault((rate, weight_decay if p.dim() > 1 else 0.0), []).append(p)
+    return torch.optim.AdamW([{"params": params, "lr": rate, "peak": rate, "weight_decay": decay}
+                              for (rate, decay), params in groups.items()], fused=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# several processes: torchrun starts them, one per device
+
+
+def start_processes(device: str) -> tuple[int, int, str]:
+    """(rank, number of processes, device). Outside torchrun there is one process, and nothing to set up."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        return 0, 1, device
+    if device == "auto" and torch.cuda.is_available():
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return dist.get_rank(), world, device
+
+
+def total_over_processes(values: list[float], device) -> list[float]:
+    """Sums over all processes."""
+    if not dist.is_initialized():
+        return values
+    tensor = torch.tensor(values, dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
+    dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def sum_gradients(parameters) -> None:
+    """Add up the gradients of all processes. Each holds its share of the same global batch's summed loss."""
+    if dist.is_initialized():
+        for p in parameters:
+            if p.requires_grad:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # a process may have had no example
+                dist.all_reduce(p.grad)
+
+
+def wait_for_all() -> None:
+    """Let the slowest process catch up."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+# ---------------------------------------------------------------------------------------------
+# checkpoints: state.safetensors (what trains, AdamW's moments) and manifest.json, renamed into place together
+
+SETTINGS = ("out", "resume", "overwrite", "eval_every", "eval_batches", "checkpoint_every", "keep", "no_responses", "device")
+
+
+def fingerprint(args, data) -> dict:
+    """What a resumed run must have in common with the interrupted one: flags, data, number of processes."""
+    flags = {key: value for key, value in vars(args).items() if key not in SETTINGS}
+    return flags | {"data sha256": data["sha256"], "processes": int(os.environ.get("WORLD_SIZE", 1))}
+
+
+def save_checkpoint(out: Path, state: dict, run: dict, model, plan, optimizer, keep: int) -> None:
+    """
+    Write checkpoints/step-N whole or not at all, then remove all but the newest `keep`. What is frozen is
+    not in it: it is read from --model again, and the digests in the proof show that it is the same.
+    """
+    folder = out / "checkpoints" / f"step-{state['step']:06d}"
+    temp = folder.with_suffix(".tmp")
+    tensors, eligible = {}, set(plan.eligible)
+    for name, p in model.named_parameters():
+        if name in eligible:
+            tensors["weight." + name] = p
+            tensors |= {f"{key}.{name}": value for key, value in optimizer.state.get(p, {}).items()}
+    size = sum(t.numel() * t.element_size() for t in tensors.values())
+    try:
+        shutil.rmtree(temp, ignore_errors=True)
+        temp.mkdir(parents=True)
+        write_safetensors(temp / "state.safetensors", tensors)
+        write_json(temp / "manifest.json", {
+            "state": state, "run": run, "proof": plan.proof,
+            "files": {"state.safetensors": {"bytes": (temp / "state.safetensors").stat().st_size,
+                                            "sha256": sha256(temp / "state.safetensors")}}})
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temp, folder)
+    except OSError as error:
+        shutil.rmtree(temp, ignore_errors=True)
+        raise OSError(f"{temp}: the checkpoint of {size:,} bytes could not be written ({error.strerror or error}); "
+                      f"{shutil.disk_usage(out).free:,} bytes are free, earlier checkpoints are intact") from None
+    for old in sorted(folder.parent.glob("step-??????"))[:-keep]:
+        shutil.rmtree(old)
+
+
+def find_checkpoint(out: Path) -> tuple[Path, dict]:
+    """The newest checkpoint whose manifest and files are intact, saying what was passed over."""
+    for folder in sorted((out / "checkpoints").glob("step-??????"), reverse=True):
+        try:
+            manifest = read_json(folder / "manifest.json")
+            for name, entry in manifest["files"].items():
+                if sha256(folder / Path(name).name) != entry["sha256"]:
+                    raise ValueError(f"{name} is not what its sha256 says")
+            return folder, manifest
+        except (ValueError, KeyError, OSError) as error:
+            say(f"note     skipped {folder}: {error}")
+    raise FileNotFoundError(f"--resume: no intact checkpoint in {out / 'checkpoints'}; start anew with --overwrite or another --out")
+
+
+def load_checkpoint(args, run: dict, model, plan, optimizer) -> dict:
+    """Put the newest intact checkpoint into model and optimizer; ValueError if it belongs to another run."""
+    folder, manifest = find_checkpoint(args.out)
+    then, now = manifest["run"], json.loads(json.dumps(run))
+    differ = [f"{key} was {then.get(key)!r}, is {now.get(key)!r}" for key in now | then if then.get(key) != now.get(key)]
+    if differ:
+        raise ValueError(f"--resume: {folder} belongs to another run: " + "; ".join(differ))
+    tensors = read_safetensors(folder / "state.safetensors")
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name in plan.eligible:
+                p.copy_(tensors["weight." + name])
+                moments = {key: tensors.get(f"{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
+                if moments["step"] is not None:
+                    optimizer.state[p] = {key: value.to(p.device) for key, value in moments.items()}
+    plan.resume(model, manifest["proof"])
+    plan.check_optimizer(optimizer)
+    state = manifest["state"]
+    metrics = args.out / "metrics.jsonl"
+    write_records(metrics, [line for line in read_records(metrics) if line["step"] <= state["step"]])
+    say(f"resume   from {folder}")
+    return state
+
+
+def hold(out: Path, rank: int):
+    """Make the run folder, and lock it until this process ends; OSError if that fails, or another run holds it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if rank == 0 and fcntl:
+            lock = open(out / ".lock", "w")
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+    except BlockingIOError:
+        raise FileExistsError(f"--out {out}: another run is writing there now; choose another") from None
+    except OSError as error:
+        raise OSError(f"--out {out}: cannot be written ({error.strerror}); choose another") from None
+
+
+# ---------------------------------------------------------------------------------------------
+# what the user sees
+
+
+def say(text="", end="\n"):
+    """Print; when the reader has gone (`| head`), go on in silence: the run is worth more than its output."""
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")
+
+
+def interactive() -> bool:
+    """Whether a line can be updated in place."""
+    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def status(line: str, keep: bool) -> None:
+    """One line that updates in place on a terminal; in a log, only the lines worth keeping."""
+    if interactive():
+        width = shutil.get_terminal_size().columns - 1
+        say("\r" + line[:width].ljust(width), end="\n" if keep else "")
+    elif keep:
+        say(line)
+
+
+def mean(values: list[float]) -> float:
+    """The average, or NaN of nothing."""
+    return sum(values) / len(values) if values else math.nan
+
+
+def minutes(seconds: float) -> str:
+    """Seconds as minutes:seconds."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the process at its largest, or allocated on the GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def excerpt(text: str, width: int = 70) -> str:
+    """The beginning of a text, on one line."""
+    text = " ".join(text.split())
+    return text if len(text) <= width else text[:width - 3] + "..."
+
+
+# ---------------------------------------------------------------------------------------------
+# the run
+
+
+def gradients(model, batch, n, args, device, dtype, rank, world) -> float:
+    """
+    Accumulate the gradients of a global batch's loss, the sum over supervised tokens divided by their weight
+    n; returns that loss. Every process takes its share of the batch, in micro-batches of --batch-size.
+    """
+    mine, loss = batch[rank::world], 0.0
+    for i in range(0, len(mine), args.batch_size):
+        part, _ = loss_sum(model, mine[i:i + args.batch_size], args.loss_on, device, dtype)
+        (part / n).backward()
+        loss += float(part.detach()) / n
+    sum_gradients(model.parameters())
+    return total_over_processes([loss], device)[0]
+
+
+def total_steps(args, stages, world) -> int:
+    """Steps of the whole run, a resumed one's earlier ones too."""
+    per_step = args.batch_size * args.grad_accum * world
+    return min(args.max_steps or math.inf, args.epochs * sum(math.ceil(len(part) / per_step) for part in stages))
+
+
+def train(model, plan, optimizer, train_set, kept, stages, val_set, args, device, dtype, state, save_state, rank=0, world=1) -> dict:
+    """
+    Take the steps that `state` says are left and return the run's figures, or {"stopped": signal number}.
+    `save_state()` writes a checkpoint of it; it is kept up to date here.
+    """
+    lengths = [len(e.ids) for e in train_set]
+    per_step, total = args.batch_size * args.grad_accum * world, total_steps(args, stages, world)
+    warmup = round(args.warmup if args.warmup >= 1 else args.warmup * total)
+    eval_every = args.eval_every or max(1, total // 10)
+    validate = lambda limit: mean_loss(model, val_set, args.batch_size, args.loss_on, device, dtype, limit, rank, world)
+
+    def log(step, **figures):
+        if rank == 0:
+            with open(args.out / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **figures}) + "\n")
+
+    val_loss = validate(args.eval_batches)
+    if state["step"] == 0:
+        log(0, epoch=0, train_loss=None, val_loss=val_loss, lr=0.0, tokens=0)
+    status(f"step {state['step']}/{total}" + (f"  val loss {val_loss:.3f}" if val_loss is not None else ""), keep=True)
+    start, evaluating, resumed_at = time.perf_counter() - state["seconds"], 0.0, state["tokens"]
+    begin, signals, epoch = time.perf_counter(), Signals(), args.epochs * len(stages) - 1
+    with signals:
+        for epoch, indices in itertools.islice(sample_order(lengths, stages, per_step, args.epochs, args.seed), state["step"], total):
+            # The dropout masks too are drawn from (seed, step, process) alone.
+            torch.manual_seed(((args.seed * 1_000_003 + state["step"]) * 1_009 + rank) % 2**63)
+            switched = plan.advance(epoch, state["step"])
+            plan.set_modes(model.train())
+            if switched:
+                plan.drop_frozen_state(optimizer)
+                plan.check_model(model)
+                plan.check_optimizer(optimizer)
+            batch = [train_set[i] for i in indices]
+            n = float(token_weights(batch, args.loss_on).sum())
+            loss = gradients(model, batch, n, args, device, dtype, rank, world)
+            norm = float(torch.nn.utils.clip_grad_norm_(plan.parameters(), args.clip or math.inf))
+            state["step"] += 1
+            if math.isfinite(loss) and math.isfinite(norm):
+                state["taken"] += 1
+                state["skipped in a row"] = 0
+                if state["taken"] <= 2:
+                    plan.check_gradients(model, state["taken"])
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak"] * rate_at(state["step"] - 1, total, warmup, args.schedule)
+                optimizer.step()
+                state["recent"] = state["recent"][1 - eval_every:] + [loss]
+            else:
+                state["skipped in a row"] += 1
+                say(f"note     step {state['step']} skipped: loss {loss}, gradient norm {norm}")
+                if state["skipped in a row"] == MAX_SKIPPED:
+                    raise ArithmeticError(f"{MAX_SKIPPED} steps in a row without a finite loss and gradient, the last is "
+                                          f"step {state['step']}: lower --lr, or use --dtype fp32")
+            optimizer.zero_grad(set_to_none=True)
+
+            state["tokens"] += sum(len(e.ids) for e in batch)
+            due = state["step"] % eval_every == 0 and state["step"] < total
+            if due:
+                pause = time.perf_counter()
+                val_loss = validate(args.eval_batches)
+                evaluating += time.perf_counter() - pause
+            now = time.perf_counter()
+            state["seconds"] = now - start
+            state["rate"] = (state["tokens"] - resumed_at) / (now - begin - evaluating)
+            log(state["step"], epoch=epoch + 1, train_loss=loss if math.isfinite(loss) else None, val_loss=val_loss if due else None,
+                lr=optimizer.param_groups[0]["lr"], grad_norm=norm if math.isfinite(norm) else None,
+                tokens=state["tokens"], seconds=round(state["seconds"], 3), records=[kept[i] for i in indices])
+            shown = f"  val loss {val_loss:.3f}" if val_loss is not None else ""
+            eta = minutes(state["seconds"] / state["step"] * (total - state["step"]))
+            status(f"step {state['step']}/{total}  epoch {epoch + 1}  train loss {mean(state['recent']):.3f}{shown}  {state['rate']:,.0f} tok/s  ETA {eta}",
+                   keep=due or state["step"] == total)
+            stop = signals.on_any_process(device)
+            if stop or (args.checkpoint_every and state["step"] % args.checkpoint_every == 0 and state["step"] < total):
+                plan.check_model(model)
+                plan.check_unchanged(model, trained=False)
+                save_state()
+            if stop:
+                return {"stopped": stop}
+    val_loss = validate(None)
+    log(state["step"], epoch=epoch + 1, train_loss=None, val_loss=val_loss, lr=0.0, tokens=state["tokens"])
+    return {"steps": state["step"], "train_loss": mean(state["recent"]), "val_loss": val_loss, "seconds": round(state["seconds"], 3),
+            "tokens_per_second": round(state["rate"], 1), "skipped_steps": state["step"] - state["taken"]}
+
+
+class Signals:
+    """Inside `with`, SIGINT and SIGTERM are only noted: a step, or the writing of a checkpoint, is finished first."""
+
+    def __init__(self):
+        self.noted, self.before = 0, {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.before[number] = signal.signal(number, self.note)
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def note(self, number, _frame):
+        """The handler."""
+        self.noted = self.noted or number
+
+    def on_any_process(self, device) -> int:
+        """The signal noted here or elsewhere, or 0: all processes must stop after the same step."""
+        noted = torch.tensor(self.noted, device=device)
+        if dist.is_initialized():
+            dist.all_reduce(noted, op=dist.ReduceOp.MAX)
+        return int(noted)
+
+
+def draw_losses(out: Path) -> str:
+    """Draw metrics.jsonl: into loss.png where matplotlib is installed, else as a line of text, which is returned."""
+    lines = read_records(out / "metrics.jsonl")
+    train, val = ([(m["step"], m[key]) for m in lines if m[key] is not None] for key in ("train_loss", "val_loss"))
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        values = [y for _, y in train]
+        part = max(1, math.ceil(len(values) / 60))
+        means = [mean(values[i:i + part]) for i in range(0, len(values), part)]
+        low, high = min(means, default=0), max(means, default=0)
+        bars = "".join("▁▂▃▄▅▆▇█"[round(7 * (v - low) / (high - low or 1))] for v in means)
+        return f"{bars}  {high:.3f} to {low:.3f} (with matplotlib installed: loss.png)"
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per supervised token)", title=out.name)
+    axes.plot(*zip(*train), color="#9db7d5", linewidth=0.8, label="train")
+    if val:
+        axes.plot(*zip(*val), color="#c1440e", marker="o", markersize=3, label="validation")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(out / "loss.png", dpi=150)
+    return f"{out / 'loss.png'}"
+
+
+def check_out(out: Path, overwrite: bool, resume: bool) -> None:
+    """FileExistsError unless --out is free, or holds a run that may be replaced or resumed."""
+    if resume and not (out / "metrics.jsonl").exists():
+        raise FileNotFoundError(f"--resume: no run in {out}")
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"--out {out}: a file is in the way")
+    if out.is_dir() and any(out.iterdir()):
+        if not any((out / name).exists() for name in ("run.json", "metrics.jsonl")):
+            raise FileExistsError(f"--out {out}: the folder is not empty and holds no run; choose another")
+        if not (overwrite or resume):
+            raise FileExistsError(f"--out {out}: holds a run; --resume goes on with it, --overwrite replaces it")
+
+
+WRITTEN = ("run.json", "metrics.jsonl", "responses.jsonl", "scores.json", "loss.png",
+           "judge-*.jsonl", "canaries-*.jsonl", "pairwise-*.jsonl", "model", "adapter", "checkpoints")
+
+
+def clear_out(out: Path) -> None:
+    """Remove what an earlier run and its evaluation wrote; what others put there stays."""
+    for path in (path for name in WRITTEN for path in out.glob(name)):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def prepare_plan(args, model, train_set):
+    """Freeze by the policy and build the optimizer, both checked; fills in --lr, and returns the adapters' rate."""
+    order = batches([len(e.ids) for e in train_set], args.batch_size, args.seed, 0)
+    probe = [collate([train_set[i] for i in indices]) for indices in order[:5]]  # for policies that choose by gradients
+    try:
+        plan = freeze(model, args.trainable, batches=probe, seed=args.seed)
+    except ValueError as error:
+        raise UsageError(f"--trainable {args.trainable}: {error}") from None
+    adapters = [n for n in plan.eligible if is_adapter(n)]
+    for flag, value in (("--lora-r", args.lora_r), ("--loraplus-ratio", args.loraplus_ratio)):
+        if value is not None and not adapters:
+            raise UsageError(f"{flag} {value:g}: no adapter trains under --trainable {args.trainable}; add lora to it")
+    alone = len(adapters) == len(plan.eligible)
+    args.lr = args.lr or (3e-4 if is_small(model) else 5e-5) * (10 if alone else 1)
+    adapter_lr = args.lr if alone else 10 * args.lr
+    plan.set_modes(model.train())
+    plan.check_model(model)
+    optimizer = build_optimizer(model, plan, args.lr, adapter_lr, args.loraplus_ratio or 1.0,
+                                args.weight_decay, args.lr_decay)
+    plan.check_optimizer(optimizer)
+    return plan, optimizer, adapter_lr
+
+
+def is_small(model) -> bool:
+    """Below 10 M parameters: such a model wants a higher rate and more epochs."""
+    return sum(p.numel() for n, p in model.named_parameters() if not is_adapter(n)) < 10_000_000
+
+
+def prepare_data(args, examples, train_part, val_part, model, tokenizer):
+    """
+    Reshape, encode, select, and put in order: (train examples as Encoded, their positions in the
+    file, the stages as lists of indices, validation examples, run.json's account of the data).
+    """
+    if not train_part:
+        raise ValueError(f"{args.data}: {len(examples)} records leave none to train on: at least 2 are needed")
+    path = data_file(args.data)
+    account = {"path": str(path), "sha256": sha256(path), "rows": len(examples), "used": 0, "dropped": 0, "truncated": 0}
+    if not args.select:
+        train_part = train_part[:args.max_examples]
+    train_set, kept = encode_part(args, "training", train_part, 0, model, tokenizer, account)
+    val_set, _ = encode_part(args, "validation", val_part, len(examples) - len(val_part), model, tokenizer, account)
+
+    ifd = lambda: instruction_following_difficulty(model, train_set, tokenizer.eot_token, args.batch_size)
+    if args.select:
+        chosen = select_examples(train_set, args.select, args.max_examples, args.seed, ifd)
+        if not chosen:
+            raise ValueError(f"--select ifd: no record of {args.data} has a difficulty below 1")
+        account["used"] -= len(train_set) - len(chosen)
+        train_set, kept = [train_set[i] for i in chosen], [kept[i] for i in chosen]
+    if len(train_set) < args.stages:
+        raise UsageError(f"--stages {args.stages}: there are only {len(train_set)} training examples")
+    kind = args.curriculum.removeprefix("-")
+    levels = [examples[i].get("level") for i in kept]
+    unleveled = [i + 1 for i, level in zip(kept, levels) if type(level) not in (int, float) or not -math.inf < level < math.inf]
+    if kind == "level" and unleveled:
+        raise ValueError(f"{args.data}: record {unleveled[0]} has no number under 'level', which --curriculum level needs")
+    difficulty = {"none": lambda: [0] * len(kept), "length": lambda: [len(e.ids) for e in train_set], "level": lambda: levels,
+                  "ifd": ifd, "random": lambda: [random.Random(f"{args.seed}/{i}").random() for i in kept]}[kind]()
+    stages = split_stages(difficulty, args.stages, args.curriculum.startswith("-"), args.seed)
+    return train_set, kept, stages, val_set, account
+
+
+def encode_part(args, label, part, start, model, tokenizer, account):
+    """
+    (examples as Encoded, their positions in the file) of the records from position `start` on, dropped and cut
+    ones noted and counted. With adaptive instructions each record takes the shortest with which the model,
+    not yet tuned, finds the response no harder than with the best one.
+    """
+    if not part:
+        return [], []
+    encode = lambda records: encode_examples(records, tokenizer, args.template, args.max_length)
+    if args.instruction == "adaptive":
+        variants, losses = [reshape_all(args, part, kind, start) for kind in INSTRUCTIONS], []
+        for records in variants:
+            encoded, report = encode(records)
+            nlls = dict(zip(report["kept"], example_nlls(model, encoded, args.batch_size)))
+            losses.append([nlls[i][0] / nlls[i][1] if i in nlls else math.inf for i in range(len(part))])
+        pick = [next(k for k, loss in enumerate(row) if loss <= min(row) + TAU) for row in zip(*losses)]
+        say(f"note     of {len(part)} {label} records {sum(pick)} take the long instruction")
+        records = [variants[k][i] for i, k in enumerate(pick)]
+    else:
+        records = reshape_all(args, part, args.instruction, start)
+    try:
+        encoded, report = encode(records)
+    except ValueError as error:
+        raise ValueError(f"{args.data}: {label} records: {error}; raise --max-length, or shorten the records") from None
+    for what, reason in (("dropped", "nothing of the response is left within --max-length"), ("truncated", "longer than --max-length"),
+                         ("special_text", "a control token is spelled in them and stays text")):
+        if report[what]:
+            say(f"note     {len(report[what])} {label} records {what.replace('_', ' ')}: {reason}; "
+                f"the first is record {start + report[what][0] + 1}")
+    account["used"] += len(encoded)
+    account["dropped"] += len(report["dropped"])
+    account["truncated"] += len(report["truncated"])
+    return encoded, [start + i for i in report["kept"]]
+
+
+def reshape_all(args, part, instruction, start) -> list[dict]:
+    """Records with the instruction and response that the flags ask for; ValueError names the record without them."""
+    shaped = []
+    for i, example in enumerate(part):
+        try:
+            shaped.append(reshape_example(example, instruction, args.response))
+        except ValueError as error:
+            raise ValueError(f"{args.data}: record {start + i + 1}: {error}") from None
+    return shaped
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save(args, folder, model, tokenizer, plan) -> None:
+    """model/ where full weights trained, adapter/ where there is an adapter, or both."""
+    base = str(folder.resolve())
+    if not all(map(is_adapter, plan.eligible)) or args.untie_head:
+        model.save_pretrained(args.out / "model", base_only=True)
+        save_tokenizer(tokenizer, args.out / "model")
+        base = str((args.out / "model").resolve())
+    if any(is_adapter(n) for n, _ in model.named_parameters()):
+        save_lora(model, args.out / "adapter", base=base)
+
+
+def announce(args, model, plan, data, n_test, device, dtype, adapter_lr) -> None:
+    """What is about to happen, in five lines."""
+    config = model.config
+    total = sum(p.numel() for p in model.parameters())
+    say(f"model    {args.model}: {total:,} parameters, {config.n_layer} blocks of width {config.n_embd}, on {device} in "
+        f"{next(n for n, d in DTYPES.items() if d == dtype)}")
+    say(f"data     {args.data}: {data['rows']} records, {data['used']} to train and validate on, {n_test} to test")
+    say("freeze   " + plan.summary().replace("\n", "\n         "))
+    mixed = any(map(is_adapter, plan.eligible)) and adapter_lr != args.lr
+    rates = f"lr {args.lr:g}" + (f", adapters {adapter_lr:g}" if mixed else "")
+    say(f"train    {args.epochs} epochs in batches of {args.batch_size}"
+        + (f" x {args.grad_accum}" if args.grad_accum > 1 else "") + f", {rates}, loss on {args.loss_on}")
+
+
+def conclude(args, plan, figures, n_test, seconds) -> None:
+    """What came of it."""
+    val = "" if figures["val_loss"] is None else f", val loss {figures['val_loss']:.3f}"
+    say(f"\ntrained  {figures['steps']} steps in {minutes(figures['seconds'])}, {figures['tokens_per_second']:,.0f} tokens/s, "
+        f"train loss {figures['train_loss']:.3f}{val}, peak memory {figures['peak_memory_bytes'] / 2**30:.2f} GiB")
+    checks = sum(plan.checks.values())
+    changed = "have changed" if figures["steps"] - figures["skipped_steps"] > 1 else "(too few steps to ask them to have changed)"
+    say(f"proved   {len(plan.frozen)} frozen tensors are bit-identical, {len(plan.eligible)} trainable ones {changed}; "
+        f"{checks} checks in {plan.seconds:.2f} s ({plan.seconds / seconds:.1%} of the run)")
+    say(f"loss     {draw_losses(args.out)}")
+    if figures["exact_match"] is not None:
+        say(f"test     {figures['exact_match']:.1%} of {n_test} answers are exactly right")
+    say(f"saved    {args.out}  ({minutes(seconds)} in all)")
+
+
+def encode_prompts(tokenizer, examples, template) -> list[list[int]]:
+    """The prompts of examples as ids, as in training."""
+    return [tokenizer.encode_ordinary(format_prompt(e, template)) for e in examples]
+
+
+def answer(model, tokenizer, examples, template, limit, path=None):
+    """Greedy answers to examples, as `generate_responses` gives them."""
+    prompts = encode_prompts(tokenizer, examples, template)
+    return generate_responses(model, tokenizer, examples, prompts, generate, max_new_tokens=limit, path=path)
+
+
+def lengthen(args, model, tokenizer, test, val, start) -> list[dict]:
+    """
+    The test records with their long instruction where the model is unsure how to begin its answer to the
+    short one: where the entropy is above the 75th percentile of the validation records.
+    """
+    unsure = lambda part: first_token_entropies(model, encode_prompts(tokenizer, part, args.template), args.batch_size)
+    short, long = (reshape_all(args, test, kind, start) for kind in INSTRUCTIONS)
+    threshold = sorted(unsure(val or short))[int(0.75 * len(val or short))]
+    return [b if entropy > threshold else a for a, b, entropy in zip(short, long, unsure(short))]
+
+
+def run(args) -> int:
+    """Load, freeze, prove, train, prove again, save, answer; returns the exit code."""
+    started = time.perf_counter()
+    folder, adapter = locate(args.model)
+    args.trainable = args.trainable or ("lora" if args.lora_r or adapter else "all")
+    name = Path(args.model).resolve().name if Path(args.model).is_dir() else args.model
+    args.out = args.out or Path("runs") / re.sub(r"[^\w.,-]+", "_", f"{name}-{args.trainable}")
+    if os.path.realpath(args.out) == os.path.realpath(args.model):
+        raise UsageError(f"--out {args.out}: is the run that --model goes on from; choose another")
+    check_out(args.out, args.overwrite, args.resume)
+    if args.resume and (args.out / "run.json").exists():
+        say(f"{args.out}: the run is complete, nothing is left to do")
+        return 0
+    rank, world, args.device = start_processes(args.device)
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")
+    device, dtype = choose_device(args.device, args.dtype)
+
+    examples = load_examples(args.data)
+    model, tokenizer = load_model(args, folder, adapter)
+    model.to(device)
+    block_size = model.config.block_size
+    args.epochs = args.epochs or (3 if is_small(model) else 2)
+    args.batch_size = args.batch_size or (16 if is_small(model) else 8)
+    args.max_length = args.max_length or block_size
+    if args.max_length > block_size:
+        raise UsageError(f"--max-length {args.max_length}: the model takes at most {block_size} tokens")
+    train_part, val, test = split_examples(examples)
+    train_set, kept, stages, val_set, data = prepare_data(args, examples, train_part, val, model, tokenizer)
+    if args.warmup > (total := total_steps(args, stages, world)):
+        raise UsageError(f"--warmup {args.warmup:g}: the run has only {total} steps")
+    plan, optimizer, adapter_lr = prepare_plan(args, model, train_set)
+
+    wait_for_all()  # every process has seen that --out is free, or resumable
+    lock = hold(args.out, rank)
+    if rank == 0 and not args.resume:
+        clear_out(args.out)
+    announce(args, model, plan, data, len(test), device, dtype, adapter_lr)
+    limit = min(block_size, 2 * max(len(e.ids) - e.n_prompt for e in train_set))
+    asked = reshape_all(args, test, INSTRUCTIONS[0] if args.instruction == "adaptive" else args.instruction, len(train_part))
+    asked = [] if args.no_responses or rank > 0 else asked
+    before = answer(model, tokenizer, asked[:3], args.template, limit)
+    state = {"step": 0, "taken": 0, "skipped in a row": 0, "tokens": 0, "seconds": 0.0, "rate": 0.0, "recent": []}
+    identity = fingerprint(args, data)
+    if args.resume:
+        state = load_checkpoint(args, identity, model, plan, optimizer)
+
+    def save_state():
+        if rank == 0:
+            save_checkpoint(args.out, state, identity, model, plan, optimizer, args.keep)
+        wait_for_all()
+
+    try:
+        figures = train(model, plan, optimizer, train_set, kept, stages, val_set, args, device, dtype, state, save_state, rank, world)
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            longest = max(len(e.ids) for e in train_set + val_set)
+            raise MemoryError(f"--batch-size {args.batch_size} with examples of up to {longest} tokens does not fit on {device}: lower "
+                              "--batch-size (and raise --grad-accum to keep the steps as they are) or --max-length") from None
+        raise
+    if "stopped" in figures:
+        say(f"\nstopped after step {state['step']}; the same command with --resume goes on from there")
+        return 128 + figures["stopped"]
+    plan.check_model(model)
+    plan.check_optimizer(optimizer)
+    plan.check_unchanged(model, trained=state["taken"] > 1)
+    for name, p in model.named_parameters():
+        if not torch.isfinite(p).all():
+            raise ArithmeticError(f"{name} holds NaN or inf after step {state['step']}, nothing is saved: lower --lr or --weight-decay")
+    wait_for_all()  # every process has proved its own copy
+    if rank > 0:
+        return 0
+    figures |= {"peak_memory_bytes": peak_memory(device), "exact_match": None, "max_new_tokens": limit}
+    save(args, folder, model, tokenizer, plan)
+    flags = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    record = {
+        "flags": flags,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "data": data,
+        "freeze": {"policy": args.trainable, "trainable": plan.eligible, "frozen": plan.frozen,
+                   "trainable_parameters": sum(p.numel() for p in plan.parameters()),
+                   "fingerprint": plan.fingerprint, "checks": plan.checks},
+        "train": figures,
+    }
+    write_json(args.out / "run.json", record)  # from here on the run is complete, answered or not
+    if asked:
+        if args.instruction == "adaptive":
+            asked = lengthen(args, model, tokenizer, test, reshape_all(args, val, INSTRUCTIONS[0], len(train_part) + len(test)), len(train_part))
+        figures["prompt_tokens"] = mean([len(p) for p in encode_prompts(tokenizer, asked, args.template)])
+        responses = answer(model, tokenizer, asked, args.template, limit, args.out / "responses.jsonl")
+        figures["exact_match"] = mean([r["ended"] and exact_match(r["model_response"], r["output"]) for r in responses])
+        write_json(args.out / "run.json", record)
+        for old, new in zip(before, responses):
+            say(f"\nprompt   {excerpt(old['instruction'] + ' ' + old['input'])}\nbefore   {excerpt(old['model_response'])}"
+                f"\nafter    {excerpt(new['model_response'])}")
+    shutil.rmtree(args.out / "checkpoints", ignore_errors=True)
+    conclude(args, plan, figures, len(test), time.perf_counter() - started)
+    return 0
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed. On the CPU torch has no class for that, only these messages."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and re.search("can't allocate memory|not enough memory|out of memory", str(error)) is not None)
+
+
+def main(argv=None) -> int:
+    """Run the command line; what the user gave wrong ends in one line on stderr."""
+    args = parse_args(argv)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # closed (>&-)
+    sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        return run(args)
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ArithmeticError, MemoryError, RuntimeError) as error:
+        if not isinstance(error, (ValueError, OSError, ArithmeticError, FreezeError)) and not is_out_of_memory(error):
+            raise
+        kind = "freeze proof broken: " if isinstance(error, FreezeError) else "out of memory: " if is_out_of_memory(error) else ""
+        print(f"error: {kind}{' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,755 @@
+"""
+GPT-2 in plain PyTorch: the model, its checkpoint folder, and generation with a KV cache.
+
+Module and parameter names are GPT-2's own (wte, h.0.attn.c_attn, ...), so a published checkpoint loads
+by name. Linear weights lie in nn.Linear layout [out, in]; Hugging Face files hold the four matrices of a
+block as [in, out], which `from_pretrained` and `save_pretrained` transpose. The output head is the token
+embedding (tied), unless the config says otherwise.
+
+Checked in tests/test_gpt.py against transformers' GPT2LMHeadModel, torch.nn.TransformerEncoderLayer,
+the safetensors library, and (cached against uncached logits) against itself.
+
+    python gpt.py --model tiny --prompt "The capital of France is"
+    python gpt.py --model gpt2 --prompt "The capital of France is"     # the first time, this downloads
+"""
+
+import argparse
+import ctypes
+import hashlib
+import http.client
+import json
+import math
+import os
+import re
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch says so without numpy, which is not needed
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Sizes of a GPT-2; the defaults are those of the 124 M model."""
+
+    vocab_size: int = 50257
+    block_size: int = 1024  # longest sequence, in tokens: positions are learned and absolute
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    layer_norm_epsilon: float = 1e-5
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self):
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**24:
+                raise ValueError(f"{name} must be a positive integer below 2**24, not {value!r}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+        if not (isinstance(self.dropout, (int, float)) and 0 <= self.dropout < 1):
+            raise ValueError(f"dropout must be in [0, 1), not {self.dropout!r}")
+        if type(self.layer_norm_epsilon) not in (int, float) or not 0 <= self.layer_norm_epsilon < math.inf:
+            raise ValueError(f"layer_norm_epsilon must be a number, zero or above, not {self.layer_norm_epsilon!r}")
+        if not isinstance(self.tie_word_embeddings, bool):
+            raise ValueError(f"tie_word_embeddings must be true or false, not {self.tie_word_embeddings!r}")
+
+
+# ---------------------------------------------------------------------------------------------
+# the model
+
+
+class KVCache:
+    """
+    Keys and values of the tokens seen so far, one (B, H, max_length, D) pair per layer. Rows may be of
+    different lengths: `length` (B,) counts each row's tokens, and a new token of row b is written at
+    position length[b]. What lies beyond a row's length is never attended to.
+    """
+
+    def __init__(self, config: GPTConfig, batch_size: int, max_length: int, device=None, dtype=None):
+        shape = (batch_size, config.n_head, max_length, config.n_embd // config.n_head)
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.length = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.max_length = max_length
+
+    def append(self, layer: int, k: Tensor, v: Tensor, positions: Tensor, end: int):
+        """Store k, v (B, H, T, D) at positions (B, T); return all keys and values up to `end`."""
+        rows = torch.arange(len(positions), device=positions.device)[:, None]  # (B, 1)
+        self.keys[layer][rows, :, positions] = k.transpose(1, 2).to(self.keys[layer].dtype)
+        self.values[layer][rows, :, positions] = v.transpose(1, 2).to(self.values[layer].dtype)
+        return self.keys[layer][:, :, :end].to(k.dtype), self.values[layer][:, :, :end].to(v.dtype)
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head self-attention in which a token sees itself and what came before."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key, value in one product
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, store=None) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).split(C, dim=2)  # 3 x (B, T, C)
+        q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
+        if store is not None:
+            k, v = store(k, v)  # (B, H, S, D): the S - T earlier tokens too
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+
+
+class MLP(nn.Module):
+    """Four times wider, GELU in its tanh form, and back."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+
+
+class Block(nn.Module):
+    """Attention, then the MLP; each normalizes its input and adds to the residual stream."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, store=None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), mask, store)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """GPT-2. Calling it gives logits (B, T, V); `features` stops before the head."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.wte.weight
+        self._init_weights()
+
+    def _init_weights(self):
+        # As GPT-2: normal(0, 0.02), and the layers that write to the residual stream scaled down by
+        # the square root of how many of them there are, so that its variance does not grow with depth.
+        for name, p in self.named_parameters():
+            if name.endswith(".bias"):
+                nn.init.zeros_(p)
+            elif p.dim() == 2:
+                std = 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 0.02
+                nn.init.normal_(p, std=std)
+
+    def features(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        """
+        Hidden states after the last LayerNorm: (B, T) int64 -> (B, T, C). The head can then be applied
+        only where logits are wanted: `model.lm_head(hidden[rows, columns])`.
+        With a cache, idx continues each row at position cache.length[row], and the cache is extended.
+        Raises ValueError where a position would lie beyond block_size (or the cache's max_length).
+        """
+        B, T = idx.shape
+        positions = torch.arange(T, device=idx.device)  # (T,)
+        limit, end, mask = self.config.block_size, T, None
+        if cache is not None:
+            limit = min(limit, cache.max_length)
+            positions = cache.length[:, None] + positions  # (B, T)
+            end = int(positions.max()) + 1
+            if end > T:  # some row has a past: query t of row b sees the keys up to its own position
+                mask = (torch.arange(end, device=idx.device) <= positions[..., None])[:, None]  # (B, 1, T, end)
+        if end > limit:
+            raise ValueError(f"{end} positions do not fit into {limit}: positions are absolute, nothing slides")
+        x = self.drop(self.wte(idx) + self.wpe(positions))  # (B, T, C)
+        for layer, block in enumerate(self.h):
+            store = None
+            if cache is not None:
+                store = lambda k, v, layer=layer: cache.append(layer, k, v, positions, end)
+            x = block(x, mask, store)
+        if cache is not None:
+            cache.length = positions[:, -1] + 1
+        return self.ln_f(x)
+
+    def forward(self, idx: Tensor) -> Tensor:
+        """(B, T) int64 -> logits (B, T, V)."""
+        return self.lm_head(self.features(idx))
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str | Path, **overrides) -> "GPT":
+        """
+        The model of a Hugging Face GPT-2 folder, in float32 whatever the file's dtype. `overrides` may be
+        dropout and tie_word_embeddings (False gives the head its own copy of the embedding).
+
+        Strict: FileNotFoundError for what is missing on the disk, ValueError for a tensor that is missing,
+        unexpected, misshapen or not finite, and for a config that means another model than this one.
+        """
+        folder = model_folder(name_or_folder)
+        unknown = set(overrides) - {"dropout", "tie_word_embeddings"}
+        if unknown:
+            raise ValueError(f"cannot override {sorted(unknown)}: only dropout and tie_word_embeddings")
+        config = read_config(folder / "config.json", overrides.get("dropout"))
+        entries = {}  # our name -> (file, header entry)
+        for path, header in checkpoint_files(folder):
+            for name, entry in header.items():
+                name = name.removeprefix("transformer.")
+                if re.fullmatch(r"h\.\d+\.attn\.(bias|masked_bias)", name):
+                    continue  # the causal mask, which old files carry
+                if name in entries:
+                    raise ValueError(f"{path}: tensor {name} is there twice")
+                entries[name] = (path, entry)
+
+        tied_in_file = config.tie_word_embeddings
+        if tied_in_file and "lm_head.weight" in entries and "wte.weight" in entries:
+            head, wte = (_read_entry(*entries[n]) for n in ("lm_head.weight", "wte.weight"))
+            tied_in_file = torch.equal(head, wte)
+            if tied_in_file:
+                del entries["lm_head.weight"]
+        tied = overrides.get("tie_word_embeddings", tied_in_file)
+        if tied and not tied_in_file:
+            raise ValueError(f"{folder}: the head differs from the embedding, so it cannot be tied to it")
+
+        if config.n_layer > len(entries):
+            raise ValueError(f"{folder}: the config says {config.n_layer} blocks, the files hold {len(entries)} tensors")
+        with torch.device("meta"):  # no memory before the shapes are checked, no time spent on random weights
+            model = cls(replace(config, tie_word_embeddings=tied))
+        expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        if tied_in_file:
+            expected.pop("lm_head.weight", None)
+        check_names(folder, set(expected), set(entries))
+        for name, shape in expected.items():
+            path, (dtype, found, *_) = entries[name]
+            shape = shape[::-1] if _is_conv1d(name) else shape
+            if found != shape:
+                raise ValueError(f"{path}: tensor {name} has shape {found}, the config says {shape}")
+            if not dtype.is_floating_point:
+                raise ValueError(f"{path}: tensor {name} has dtype {dtype}: weights are floating-point numbers")
+        model.to_empty(device="cpu")
+        if tied:
+            model.lm_head.weight = model.wte.weight  # to_empty gave each its own
+        with torch.no_grad():
+            for name in expected:
+                path, entry = entries[name]
+                p, tensor = model.get_parameter(name), _read_entry(path, entry)
+                if not torch.isfinite(tensor).all():
+                    raise ValueError(f"{path}: tensor {name} holds NaN or inf")
+                p.copy_(tensor.t() if _is_conv1d(name) else tensor)
+            if tied_in_file and not tied:
+                model.lm_head.weight.copy_(model.wte.weight)
+        return model
+
+    def save_pretrained(self, folder: str | Path, base_only: bool = False) -> None:
+        """
+        Write config.json and model.safetensors as transformers' GPT2LMHeadModel has them. Complete files
+        are renamed into place, config.json last. Raises ValueError if the model holds parameters that
+        GPT-2 has not (adapters that were not merged), unless `base_only` says to leave them out.
+        """
+        folder = Path(folder)
+        with torch.device("meta"):  # names only
+            own = [name for name, _ in GPT(self.config).named_parameters()]
+        mine = dict(self.named_parameters())
+        extra = sorted(set(mine) - set(own))
+        if extra and not base_only:
+            raise ValueError(f"{extra[0]} is no parameter of GPT-2: merge the adapters first, or save the base only")
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {}
+        for name in own:
+            key = name if name == "lm_head.weight" else "transformer." + name
+            tensors[key] = mine[name].detach().t() if _is_conv1d(name) else mine[name].detach()
+        write_safetensors(folder / "model.safetensors", tensors)
+        dtype = str(self.wte.weight.dtype).removeprefix("torch.")
+        write_json(folder / "config.json", hf_config(self.config, dtype))
+
+
+def _is_conv1d(name: str) -> bool:
+    """Whether Hugging Face stores this weight transposed, as [in, out]."""
+    return re.fullmatch(r"h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight", name) is not None
+
+
+# ---------------------------------------------------------------------------------------------
+# download
+
+
+class Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows to http and https only, never back from https; keeps what the hub says of a file."""
+
+    linked = None  # headers with which the Hugging Face hub sends us on to where a file lies
+
+    def redirect_request(self, request, file, code, message, headers, url):
+        if not url.startswith(("https:", f"{request.type}:")):
+            raise urllib.error.HTTPError(url, code, f"redirected to {url}", headers, file)
+        self.linked = headers if "X-Linked-Etag" in headers else self.linked
+        return super().redirect_request(request, file, code, message, headers, url)
+
+
+def receive(url: str, file) -> str | None:
+    """Append to file what it lacks of url; returns the sha256 that the Hugging Face hub states.
+
+    Raises as urllib and http.client, ConnectionError where too little comes, ValueError where the
+    server contradicts itself. The next call goes on where this one stopped.
+    """
+    host, redirects = urllib.parse.urlsplit(url).hostname or "", Redirects()
+    local = host in ("localhost", "::1") or host.startswith("127.")  # not reached through a proxy
+    proxies = urllib.request.ProxyHandler({} if local else None)
+    headers = {"User-Agent": "gpt2-finetune"}  # some servers refuse urllib's own
+    headers |= {"Range": f"bytes={file.tell()}-"} if file.tell() else {}
+    request = urllib.request.Request(url, headers=headers)
+    with urllib.request.build_opener(redirects, proxies).open(request, timeout=30) as answer:
+        part = re.match(r"bytes (\d+)-", answer.headers.get("Content-Range", ""))
+        begin = int(part[1]) if part else 0  # a server that does not know Range begins anew
+        end = begin + (answer.length or 0)
+        linked = redirects.linked or answer.headers
+        size = int(linked.get("X-Linked-Size", end))
+        if begin > file.tell() or not begin < end == size:
+            raise ValueError(f"{url}: the server announces bytes {begin} to {end} of {size}")
+        file.seek(begin)
+        file.truncate()
+        terminal, shown, due = sys.stderr.isatty(), False, time.monotonic() + 2
+        while chunk := answer.read(2**16):
+            file.write(chunk)
+            if time.monotonic() > due:
+                line = f"fetching {url.rpartition('/')[2]}: {file.tell() >> 20} of {size >> 20} MiB"
+                print(line, end="\r" if terminal else "\n", file=sys.stderr, flush=True)
+                shown, due = True, time.monotonic() + (0.2 if terminal else 30)
+        if shown and terminal:
+            print(file=sys.stderr)
+    if file.tell() < size:
+        raise ConnectionError(f"only {file.tell()} of {size} bytes came")
+    # The ETag is no substitute: those of the hub's CDN and of GitHub are other hashes, as long.
+    tag = re.search(r"\b[0-9a-f]{64}\b", linked.get("X-Linked-Etag", ""))
+    return tag and tag[0]
+
+
+def download(url: str, path: Path, sha256: str | None = None) -> None:
+    """Fetch a file by http or https, whole or not at all; where that takes long, stderr says so.
+
+    A transfer that breaks is continued. Its length is checked, and its sha256, where it is given or
+    the Hugging Face hub states it. Raises OSError where network, server or disk fail, ValueError
+    where something else than the file comes.
+    """
+    if not re.match("https?://[^/]", url):
+        raise ValueError(f"{url} is no http or https address")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temp = path.with_name(f"{path.name}.{os.urandom(4).hex()}.part")  # others may fetch it too
+    longest = failures = 0
+    try:
+        with open(temp, "x+b") as file:
+            while True:
+                try:
+                    stated = receive(url, file)
+                    break
+                except (OSError, http.client.HTTPException) as error:
+                    status = getattr(error, "code", 0)
+                    why = error if status else getattr(error, "reason", error)
+                    unreachable = type(error) is urllib.error.URLError and not longest
+                    failures = 1 if file.tell() > longest else failures + 1
+                    longest = max(longest, file.tell())
+                    if unreachable or failures == 5 or 300 <= status < 500 and status != 429:
+                        raise OSError(f"{url}: {' '.join(str(why).split())}") from None
+                    time.sleep(2**failures / 2)
+            file.seek(0)
+            if file.read(100).lstrip().lower().startswith((b"<!doctype", b"<html")):
+                raise ValueError(f"{url}: a web page came in place of the file")
+            file.seek(0)
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != (sha256 or stated or found):
+                raise ValueError(f"{url}: sha256 {found} came, expected {sha256 or stated}")
+            os.fsync(file.fileno())
+        os.replace(temp, path)
+    finally:
+        temp.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# the checkpoint folder
+
+PUBLISHED = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
+PUBLISHED["distilgpt2"] = "distilbert/distilgpt2"
+FILES = ("config.json", "vocab.json", "merges.txt", "model.safetensors")
+
+
+def model_folder(name_or_folder: str | Path) -> Path:
+    """
+    The folder of a model given by name or path. What is missing of a published model is first downloaded, from
+    HF_ENDPOINT into HF_HOME; where all is there, nothing is asked. FileNotFoundError where there is no such model.
+    """
+    name = str(name_or_folder)
+    if name == "tiny":
+        return Path(__file__).resolve().parent / "tiny" / "model"
+    if name in PUBLISHED:
+        cache = os.environ.get("HF_HOME") or "~/.cache/huggingface"
+        folder = Path(cache).expanduser() / "gpt2-finetune" / name
+        url = f"{(os.environ.get('HF_ENDPOINT') or 'https://huggingface.co').rstrip('/')}/{PUBLISHED[name]}"
+        try:
+            for file in FILES:
+                if not (folder / file).is_file():
+                    download(f"{url}/resolve/main/{file}", folder / file)
+        except (OSError, ValueError) as error:
+            raise FileNotFoundError(f"{name}: {error}; or put {', '.join(FILES)} of {url} into {folder}") from None
+        return folder
+    folder = Path(name)
+    if not folder.is_dir():
+        names = ", ".join(["tiny", *PUBLISHED])
+        raise FileNotFoundError(f"no model folder {folder} (a folder with config.json, or a name: {names})")
+    if not (folder / "config.json").is_file() and (folder / "model" / "config.json").is_file():
+        return folder / "model"  # a run folder
+    return folder
+
+
+# What the config must say for the logits to be GPT-2's; an absent key means the first value.
+SUPPORTED = {
+    "model_type": ("gpt2",),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+}
+SAME = ("vocab_size", "n_layer", "n_head", "n_embd", "layer_norm_epsilon", "tie_word_embeddings")
+FIELDS = dict(zip(SAME, SAME)) | {"n_positions": "block_size"}  # key of config.json -> field of GPTConfig
+DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+
+
+def read_config(path: Path, dropout: float | None = None) -> GPTConfig:
+    """
+    GPTConfig from a Hugging Face config.json; `dropout` takes the place of its three probabilities.
+    ValueError for a setting that would change the logits and is not supported, or a size that is none.
+    """
+    raw = read_json(path)
+    for key, values in SUPPORTED.items():
+        if raw.get(key, values[0]) not in values:
+            raise ValueError(f"{path}: {key} {raw[key]!r} is not supported (only {values[0]!r})")
+    if dropout is None:
+        dropout, *others = (raw.get(key, 0.1) for key in DROPOUTS)
+        if others != [dropout, dropout]:
+            raise ValueError(f"{path}: {', '.join(DROPOUTS)} differ: give one dropout")
+    try:
+        config = GPTConfig(dropout=dropout, **{field: raw[key] for key, field in FIELDS.items() if key in raw})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if raw.get("n_inner") not in (None, 4 * config.n_embd):
+        raise ValueError(f"{path}: n_inner {raw['n_inner']!r} is not supported (only 4 x n_embd)")
+    return config
+
+
+def hf_config(config: GPTConfig, dtype: str) -> dict:
+    """The config.json that transformers reads as this model."""
+    eos = config.vocab_size - 1
+    return {
+        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new",
+        **{key: getattr(config, field) for key, field in FIELDS.items()}, "n_ctx": config.block_size, "n_inner": None,
+        **dict.fromkeys(DROPOUTS, config.dropout), "bos_token_id": eos, "eos_token_id": eos,
+        "dtype": dtype, "torch_dtype": dtype,
+    }
+
+
+def checkpoint_files(folder: Path) -> list[tuple[Path, dict]]:
+    """The weight files of a folder, each with its header: one file, or the shards of an index."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [(single, read_header(single))]
+    if not index.is_file():
+        others = [p.name for p in folder.glob("*.bin")]
+        hint = f"; {others[0]} is a pickle: convert it to safetensors" if others else ""
+        raise FileNotFoundError(f"{folder}: no model.safetensors and no model.safetensors.index.json{hint}")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: no weight_map")
+    files = []
+    for shard in sorted(set(map(str, weight_map.values()))):
+        if Path(shard).name != shard or shard in ("", ".", ".."):
+            raise ValueError(f"{index}: shard {shard!r} is not a plain file name")
+        if not (folder / shard).is_file():
+            raise FileNotFoundError(f"{folder / shard}: this shard of {index.name} is missing")
+        files.append((folder / shard, read_header(folder / shard)))
+        check_names(folder / shard, {n for n, s in weight_map.items() if s == shard}, set(files[-1][1]))
+    return files
+
+
+def check_names(where: Path, expected: set[str], found: set[str]) -> None:
+    """ValueError that lists up to five names that are missing, else up to five that are unexpected."""
+    for what, names in (("missing", expected - found), ("unexpected", found - expected)):
+        if names:
+            shown = ", ".join(sorted(names)[:5]) + (" ..." if len(names) > 5 else "")
+            raise ValueError(f"{where}: {len(names)} {what} tensor{'s'[:len(names) > 1]}: {shown}")
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file; FileNotFoundError or ValueError name the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return value
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write JSON to a temporary name, then rename: a reader never sees half a file."""
+    temp = path.with_name(path.name + ".tmp")
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    try:
+        temp.write_text(text, encoding="utf-8", errors="backslashreplace")  # a path may hold half a character
+        os.replace(temp, path)
+    finally:
+        temp.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# safetensors: u64 header length | JSON header | packed little-endian tensors
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool,
+}
+
+
+def _unique(pairs: list) -> dict:
+    keys = [key for key, _ in pairs]
+    if len(set(keys)) < len(keys):
+        raise ValueError(f"key {next(k for k in keys if keys.count(k) > 1)!r} appears twice")
+    return dict(pairs)
+
+
+def read_header(path: Path) -> dict[str, tuple]:
+    """
+    name -> (dtype, shape, position in the file, bytes) of a safetensors file. ValueError unless the tensors
+    tile the file exactly: a truncated download, a git-lfs pointer or a crafted header does not.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or not 2 <= length <= min(size - 8, 100_000_000):
+            raise ValueError(f"{path}: not a safetensors file, or cut short ({size} bytes)")
+        text = file.read(length)
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+        metadata = header.pop("__metadata__", {})
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("__metadata__ holds something else than text")
+        entries = {}
+        for name, entry in header.items():
+            if entry["dtype"] not in DTYPES:
+                raise ValueError(f"dtype {entry['dtype']} of tensor {name} is not supported")
+            shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
+            if any(type(n) is not int or n < 0 for n in (*shape, begin, end)):
+                raise ValueError(f"tensor {name} has shape {shape} at {begin}:{end}")
+            if end - begin != math.prod(shape) * DTYPES[entry["dtype"]].itemsize:
+                raise ValueError(f"tensor {name} of shape {shape} does not fill bytes {begin}:{end}")
+            entries[name] = (DTYPES[entry["dtype"]], shape, 8 + length + begin, end - begin)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: broken safetensors header ({error})") from None
+    position = 8 + length
+    for name, (_, _, begin, nbytes) in sorted(entries.items(), key=lambda item: (item[1][2], item[1][3])):
+        if begin != position:
+            raise ValueError(f"{path}: tensor {name} begins at byte {begin}, not at {position}")
+        position += nbytes
+    if position != size:
+        raise ValueError(f"{path}: {size} bytes, but the header describes {position}: cut short or damaged")
+    return entries
+
+
+def _read_entry(path: Path, entry: tuple) -> Tensor:
+    dtype, shape, begin, nbytes = entry
+    tensor = torch.empty(shape, dtype=dtype)
+    if nbytes:
+        with open(path, "rb") as file:
+            file.seek(begin)
+            if file.readinto((ctypes.c_char * nbytes).from_address(tensor.data_ptr())) != nbytes:
+                raise ValueError(f"{path}: cut short")
+    return tensor
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, on the CPU in the file's dtypes. Raises as `read_header`."""
+    return {name: _read_entry(path, entry) for name, entry in read_header(path).items()}
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors (any layout or device) to a temporary name, sync, then rename it to `path`."""
+    codes = {dtype: code for code, dtype in DTYPES.items()}
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header, position = {"__metadata__": {"format": "pt"}}, 0
+    for name in names:
+        t = tensors[name]
+        end = position + t.numel() * t.element_size()
+        header[name] = {"dtype": codes[t.dtype], "shape": list(t.shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    temp = path.with_name(path.name + ".tmp")
+    try:
+        with open(temp, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in names:
+                t = tensors[name].detach().cpu().contiguous()  # one tensor at a time: no second copy of the model
+                if t.numel():
+                    file.write((ctypes.c_char * (t.numel() * t.element_size())).from_address(t.data_ptr()))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temp, path)
+    finally:
+        temp.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# generation
+
+
+def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator) -> Tensor:
+    """
+    Next ids (B,) from logits (B, V): the largest at temperature 0, else a draw after keeping the top_k
+    largest and then the smallest set whose probability reaches top_p (nucleus sampling, arXiv 1904.09751).
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    values, ids = logits.float().sort(dim=-1, descending=True, stable=True)  # (B, V)
+    if top_k is not None:
+        values, ids = values[:, :top_k], ids[:, :top_k]  # exactly k, also among equals
+    probs = F.softmax(values / temperature, dim=-1)
+    if top_p is not None:
+        before = probs.cumsum(dim=-1) - probs  # mass of the better ones: zero for the first, which stays
+        probs = probs.masked_fill(before >= top_p, 0.0)
+    choice = torch.multinomial(probs, 1, generator=generator)  # (B, 1)
+    return ids.gather(1, choice)[:, 0]
+
+
+@torch.inference_mode()
+def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, *, eos_id: int | None = None,
+             temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None,
+             seed: int | None = None) -> list[list[int]]:
+    """
+    Continue prompts of different lengths in one batch; returns only the new ids, without eos. A row ends at
+    eos_id, after max_new_tokens, or when prompt and answer fill block_size.
+    ValueError for an empty prompt, one that leaves no room for one id, an id outside the vocabulary, and
+    sampling options that would have no effect.
+    """
+    config, device = model.config, model.wte.weight.device
+    check_generation(config, prompts, max_new_tokens, temperature, top_k, top_p)
+    if not prompts:
+        return []
+    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    longest = int(lengths.max())
+    capacity = min(config.block_size, longest + max_new_tokens)
+    cache = KVCache(config, len(prompts), capacity, device, model.wte.weight.dtype)
+    room = (config.block_size - lengths).clamp(max=max_new_tokens)  # new ids that each row may have
+    # Padded on the right: a row's pad positions are overwritten by its own new tokens before they are seen.
+    idx = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=device)
+    rows = torch.arange(len(prompts), device=device)
+    new, n_new = [], torch.zeros_like(lengths)
+    done = torch.zeros_like(lengths, dtype=torch.bool)
+
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        hidden = model.features(idx, cache)[rows, lengths - 1]  # (B, C): each row's last prompt token
+        cache.length = lengths.clone()
+        while True:
+            ids = sample(model.lm_head(hidden), temperature, top_k, top_p, generator)
+            if eos_id is not None:
+                done |= ids == eos_id
+            new.append(ids)
+            n_new += ~done
+            done |= n_new >= room
+            if done.all():
+                break
+            cache.length = cache.length.clamp(max=capacity - 1)  # rows that are done have nowhere to go
+            hidden = model.features(ids[:, None], cache)[:, -1]
+    finally:
+        for module, training in modes:
+            module.training = training
+    columns = torch.stack(new, dim=1).tolist()
+    return [row[:n] for row, n in zip(columns, n_new.tolist())]
+
+
+def check_generation(config: GPTConfig, prompts, max_new_tokens, temperature, top_k, top_p) -> None:
+    """The conditions of `generate`, each with its message."""
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {i} is empty")
+        if len(prompt) >= config.block_size:
+            raise ValueError(f"prompt {i} has {len(prompt)} ids and block_size is {config.block_size}: no room to answer")
+        if not all(0 <= i < config.vocab_size for i in prompt):
+            raise ValueError(f"prompt {i} holds an id outside the vocabulary of {config.vocab_size}")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    if not (temperature >= 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature must be zero or above, not {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, not {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1], not {top_p}")
+    if temperature == 0 and not (top_k is None and top_p is None):
+        raise ValueError("top_k and top_p have no effect at temperature 0, which takes the largest logit")
+
+
+def parse_args(argv=None):
+    """Command line of `python gpt.py`."""
+    parser = argparse.ArgumentParser(description="Continue a text with a GPT-2 model.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
+    parser.add_argument("--model", default="tiny", help="a model folder, a run folder, or a name")
+    parser.add_argument("--prompt", required=True, help="the text to continue")
+    parser.add_argument("--max-new-tokens", type=int, default=50, help="stop after this many tokens")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
+    parser.add_argument("--top-k", type=int, help="draw from the k likeliest tokens")
+    parser.add_argument("--top-p", type=float, help="draw from the likeliest tokens that hold this probability")
+    parser.add_argument("--seed", type=int, default=123, help="of the draws")
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> int:
+    """Print a prompt and its continuation; returns the exit code."""
+    args = parse_args(argv)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # closed (>&-)
+    sys.stdout.reconfigure(errors="backslashreplace")
+    from data import load_tokenizer
+
+    try:
+        folder = model_folder(args.model)
+        model, tokenizer = GPT.from_pretrained(folder), load_tokenizer(folder)
+    except (OSError, ValueError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    try:
+        ids = tokenizer.encode_ordinary(args.prompt)
+        new = generate(model, [ids], args.max_new_tokens, eos_id=tokenizer.eot_token, temperature=args.temperature,
+                       top_k=args.top_k, top_p=args.top_p, seed=args.seed)[0]
+    except ValueError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    try:
+        print(tokenizer.decode(ids + new), flush=True)
+    except BrokenPipeError:  # the reader has gone; nothing is left to be flushed at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
