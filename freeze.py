@@ -118,10 +118,11 @@ def by_block(names) -> list[list[str]]:
     return blocks
 
 
-def matching(model: nn.Module, term: str, names: list[str], batches=None, seed: int = 0) -> set[str]:
+def matching(model: nn.Module, term: str, names: list[str], batches=None, seed: int = 0, scores=None) -> set[str]:
     """Those of `names` that one term matches at any time. Adapters are matched by `all`, `lora`, `hybrid`
     and patterns alone, so that `lora,last_block` is every adapter and the last block's own weights. The
-    final norm goes with every choice of blocks but first:K, blocks: and lisa:K@N."""
+    final norm goes with every choice of blocks but first:K, blocks: and lisa:K@N. The scores of its blocks, by
+    which rgn:K or spectrum:K chooses, are put into the dict `scores` under the term."""
     base = [n for n in names if not ADAPTER.search(n)]
     term = {"last_block": "last:1", "last_two_blocks": "last:2"}.get(term, term)
     word, _, argument = term.partition(":")
@@ -137,10 +138,10 @@ def matching(model: nn.Module, term: str, names: list[str], batches=None, seed: 
             module_of = lambda name: model.get_submodule(name.rpartition(".")[0])
             found |= {n for n in base if isinstance(module_of(n), (nn.LayerNorm, nn.RMSNorm))}
     elif BLOCK_TERM.match(term):
-        scores = {"rgn": lambda: relative_gradient_norms(model, batches),
-                  "spectrum": lambda: spectrum_ranks(model)}.get(word)
-        blocks = by_block(names)
-        found = {n for i in chosen_blocks(term, len(blocks), seed, scores=scores) for n in blocks[i]}
+        blocks, kept = by_block(names), {} if scores is None else scores
+        score = {"rgn": lambda: kept.setdefault(term, relative_gradient_norms(model, batches)),
+                 "spectrum": lambda: kept.setdefault(term, spectrum_ranks(model))}.get(word)
+        found = {n for i in chosen_blocks(term, len(blocks), seed, scores=score) for n in blocks[i]}
         if word not in ("first", "blocks", "lisa"):
             found |= {n for n in base if FINAL_NORM.search(n)}
     elif word == "hybrid" and term != word:
@@ -175,7 +176,7 @@ def shared_memory(model: nn.Module) -> list[list[str]]:
     return [group for group in groups if len(group) > 1]
 
 
-def match_terms(model: nn.Module, policy: str, batches=None, seed: int = 0) -> list[tuple[bool, str, set[str]]]:
+def match_terms(model: nn.Module, policy: str, batches=None, seed: int = 0, scores=None) -> list[tuple[bool, str, set[str]]]:
     """(takes away?, term, names it matches at any time) in order; ValueError as in `resolve`."""
     named = dict(model.named_parameters(remove_duplicate=False))
     first = {id(p): name for name, p in reversed(named.items())}
@@ -186,7 +187,7 @@ def match_terms(model: nn.Module, policy: str, batches=None, seed: int = 0) -> l
             if i or minus:
                 raise ValueError(f"freeze policy: 'none' in {policy!r} can only come first")
             continue
-        found = matching(model, term, list(named), batches, seed)
+        found = matching(model, term, list(named), batches, seed, scores)
         for name in sorted(found):
             if (listed := first[id(named[name])]) not in found:
                 raise ValueError(f"freeze policy: {term!r} is {name}, the same tensor as {listed}: "
@@ -367,7 +368,8 @@ def freeze(model: nn.Module, policy: str, *, batches=None, seed: int = 0) -> "Pl
     wrong is a ValueError. `batches`, a list of (inputs, targets) as in `batch_gradients`, are for rgn:K and
     hybrid:SHARE; `seed` is for random:K and lisa:K@N.
     """
-    return Plan(model, policy, match_terms(model, policy, batches, seed), seed)
+    scores = {}
+    return Plan(model, policy, match_terms(model, policy, batches, seed, scores), seed, scores)
 
 
 class Plan:
@@ -376,11 +378,12 @@ class Plan:
     trainable, frozen   sorted names as of now; eligible: all that train at some time
     fingerprint         sha256 over names, shapes and what trains
     checks, seconds     how often each check has passed; the time that the proof has taken
+    scores              {term: score of each block} of rgn:K and spectrum:K
     """
 
-    def __init__(self, model: nn.Module, policy: str, terms: list[tuple[bool, str, set[str]]], seed: int):
+    def __init__(self, model: nn.Module, policy: str, terms: list[tuple[bool, str, set[str]]], seed: int, scores: dict):
         start = time.perf_counter()
-        self.policy, self.checks = policy, {}
+        self.policy, self.checks, self.scores = policy, {}, scores
         self.named = dict(model.named_parameters())
         eligible = combine(terms)
         self.eligible = sorted(eligible)
@@ -535,6 +538,8 @@ class Plan:
         if self._schedule:
             most = sum(numel[n] for n in self.eligible)
             lines.append(f"dynamic: these figures are of now; {most:,} parameters train at some time")
+        for term, values in self.scores.items():
+            lines.append(f"{term}: the blocks score " + ", ".join(f"{value:.3g}" for value in values))
         for group in self._shared:
             fate = "train" if set(group) & set(self.trainable) else "are frozen"
             lines.append(f"{' and '.join(group)} share their memory: they {fate} together")

@@ -989,6 +989,16 @@ def test_spectrum_takes_the_blocks_whose_matrices_rank_highest_among_their_kind(
     assert resolve(model, "spectrum:2") == blocks(0, 1) | LN_F
 
 
+def test_the_plan_tells_the_scores_by_which_blocks_were_chosen():
+    batches, model = some_batches(2), small()
+    plan = freeze(model, "rgn:1,spectrum:1", batches=batches)
+    assert plan.scores == {"rgn:1": relative_gradient_norms(small(), batches), "spectrum:1": spectrum_ranks(small())}
+    highest = max(range(3), key=lambda i: plan.scores["rgn:1"][i])
+    assert block(highest) <= set(plan.trainable)
+    assert "rgn:1: the blocks score " + ", ".join(f"{v:.3g}" for v in plan.scores["rgn:1"]) in plan.summary().splitlines()
+    assert freeze(small(), "last:1").scores == {}
+
+
 def test_chance_depends_on_the_seed_alone_and_reaches_every_block():
     draws = [resolve(small(seed=s), "random:1", seed=s) for s in range(20)]
     assert draws == [resolve(small(), "random:1", seed=s) for s in range(20)]
