@@ -1066,7 +1066,7 @@ def load_model(model: str, device: str):
     gpt = GPT.from_pretrained(folder)
     if adapter:
         load_lora(gpt, adapter)
-    return gpt.to(choose_device(device, "fp32")[0]).eval(), load_tokenizer(folder)
+    return gpt.to(choose_device(device)).eval(), load_tokenizer(folder)
 
 
 def run_info(folder: Path) -> dict:

@@ -30,7 +30,9 @@ import sys
 import threading
 import time
 import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch says so without numpy, which is not needed
 import torch
@@ -61,6 +63,27 @@ MAX_SKIPPED = 5  # steps in a row without a finite loss and gradient, after whic
 
 class UsageError(ValueError):
     """A flag whose value cannot be used: exit code 2."""
+
+
+class Machine(NamedTuple):
+    """What a run computes on: the device, the dtype of the matrix products, and which of how many processes this is."""
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    rank: int = 0
+    world: int = 1
+
+
+@dataclass
+class Data:
+    """What a run learns from, and is tested on."""
+    train: list  # of Encoded
+    positions: list[int]  # of the training examples in the file
+    stages: list[list[int]]  # indices into train, in the order in which the stages are learned
+    val: list  # of Encoded
+    test: list[dict]  # records, to be answered
+    account: dict  # run.json's "data"
+    long_test: list[dict] = field(default_factory=list)  # with adaptive instructions: the test records with the long one,
+    short_val: list[dict] = field(default_factory=list)  # and the validation records with the short one
 
 
 # ---------------------------------------------------------------------------------------------
@@ -200,22 +223,32 @@ def check_flags(args, parser):
 # the model at hand
 
 
-def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+def choose_device(name: str) -> torch.device:
     """Resolve `auto`; UsageError for what this machine does not have."""
-    if device == "auto":
-        mps = torch.backends.mps.is_available()
-        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if name == "auto":
+        mine = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun numbers the processes of a machine
+        name = mine if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.zeros(1, device=device)
-        known = torch.device(device).type in ("cpu", "cuda", "mps")
+        torch.zeros(1, device=name)
+        known = torch.device(name).type in ("cpu", "cuda", "mps")
     except (RuntimeError, AssertionError, NotImplementedError):
         known = False
     if not known:
-        raise UsageError(f"--device {device}: not on this machine (auto, cpu, cuda, cuda:1, mps)")
-    device = torch.device(device)
+        raise UsageError(f"--device {name}: not on this machine (auto, cpu, cuda, cuda:1, mps)")
+    return torch.device(name)
+
+
+def join_processes(device: torch.device, dtype: str) -> Machine:
+    """This process among those that torchrun has started, or alone."""
     if dtype == "auto":
         dtype = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    return device, DTYPES[dtype]
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        return Machine(device, DTYPES[dtype])
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Machine(device, DTYPES[dtype], dist.get_rank(), world)
 
 
 def locate(model: str) -> tuple[Path, Path | None]:
@@ -270,11 +303,117 @@ def is_adapter(name: str) -> bool:
     return ".lora_A." in name or ".lora_B." in name
 
 
+def is_small(model) -> bool:
+    """Below 10 M parameters: such a model wants a higher rate and more epochs."""
+    return sum(p.numel() for n, p in model.named_parameters() if not is_adapter(n)) < 10_000_000
+
+
 # ---------------------------------------------------------------------------------------------
-# loss, schedule, optimizer
+# the data
 
 
-def loss_sum(model, batch, loss_on, device, dtype):
+def prepare_data(args, model, tokenizer) -> Data:
+    """Load, split, reshape, encode, select, and put in the order of the curriculum; ValueError names the record that does not do."""
+    examples = load_examples(args.data)
+    train_part, val_part, test_part = split_examples(examples)
+    if not train_part:
+        raise ValueError(f"{args.data}: {len(examples)} records leave none to train on: at least 2 are needed")
+    after_train, after_test = len(train_part), len(examples) - len(val_part)
+    path = data_file(args.data)
+    account = {"path": str(path), "sha256": sha256(path), "rows": len(examples), "used": 0, "dropped": 0, "truncated": 0}
+    if not args.select:
+        train_part = train_part[:args.max_examples]
+    train_set, kept = encode_part(args, "training", train_part, 0, model, tokenizer, account)
+    val_set, _ = encode_part(args, "validation", val_part, after_test, model, tokenizer, account)
+
+    ifd = lambda: instruction_following_difficulty(model, train_set, tokenizer.eot_token, args.batch_size)
+    if args.select:
+        chosen = select_examples(train_set, args.select, args.max_examples, args.seed, ifd)
+        if not chosen:
+            raise ValueError(f"--select ifd: no record of {args.data} has a difficulty below 1")
+        account["used"] -= len(train_set) - len(chosen)
+        train_set, kept = [train_set[i] for i in chosen], [kept[i] for i in chosen]
+    stages = order_by_difficulty(args, train_set, kept, [examples[i].get("level") for i in kept], ifd)
+
+    adaptive = args.instruction == "adaptive"
+    test = reshape_all(args, test_part, INSTRUCTIONS[0] if adaptive else args.instruction, after_train)
+    data = Data(train_set, kept, stages, val_set, test, account)
+    if adaptive:
+        data.long_test = reshape_all(args, test_part, INSTRUCTIONS[1], after_train)
+        data.short_val = reshape_all(args, val_part, INSTRUCTIONS[0], after_test)
+    return data
+
+
+def order_by_difficulty(args, train_set, kept, levels, ifd) -> list[list[int]]:
+    """The stages of --curriculum as lists of indices into train_set; one stage of all without it."""
+    if len(train_set) < args.stages:
+        raise UsageError(f"--stages {args.stages}: there are only {len(train_set)} training examples")
+    kind = args.curriculum.removeprefix("-")
+    unleveled = [i + 1 for i, level in zip(kept, levels) if type(level) not in (int, float) or not -math.inf < level < math.inf]
+    if kind == "level" and unleveled:
+        raise ValueError(f"{args.data}: record {unleveled[0]} has no number under 'level', which --curriculum level needs")
+    difficulty = {"none": lambda: [0] * len(kept), "length": lambda: [len(e.ids) for e in train_set], "level": lambda: levels,
+                  "ifd": ifd, "random": lambda: [random.Random(f"{args.seed}/{i}").random() for i in kept]}[kind]()
+    return split_stages(difficulty, args.stages, args.curriculum.startswith("-"), args.seed)
+
+
+def encode_part(args, label, part, start, model, tokenizer, account):
+    """
+    (examples as Encoded, their positions in the file) of the records from position `start` on, dropped and cut
+    ones noted and counted. With adaptive instructions each record takes the shortest with which the model,
+    not yet tuned, finds the response no harder than with the best one.
+    """
+    if not part:
+        return [], []
+    encode = lambda records: encode_examples(records, tokenizer, args.template, args.max_length)
+    if args.instruction == "adaptive":
+        variants, losses = [reshape_all(args, part, kind, start) for kind in INSTRUCTIONS], []
+        for records in variants:
+            encoded, report = encode(records)
+            nlls = dict(zip(report["kept"], example_nlls(model, encoded, args.batch_size)))
+            losses.append([nlls[i][0] / nlls[i][1] if i in nlls else math.inf for i in range(len(part))])
+        pick = [next(k for k, loss in enumerate(row) if loss <= min(row) + TAU) for row in zip(*losses)]
+        say(f"note     of {len(part)} {label} records {sum(pick)} take the long instruction")
+        records = [variants[k][i] for i, k in enumerate(pick)]
+    else:
+        records = reshape_all(args, part, args.instruction, start)
+    try:
+        encoded, report = encode(records)
+    except ValueError as error:
+        raise ValueError(f"{args.data}: {label} records: {error}; raise --max-length, or shorten the records") from None
+    for what, reason in (("dropped", "nothing of the response is left within --max-length"), ("truncated", "longer than --max-length"),
+                         ("special_text", "a control token is spelled in them and stays text")):
+        if report[what]:
+            say(f"note     {len(report[what])} {label} records {what.replace('_', ' ')}: {reason}; "
+                f"the first is record {start + report[what][0] + 1}")
+    account["used"] += len(encoded)
+    account["dropped"] += len(report["dropped"])
+    account["truncated"] += len(report["truncated"])
+    return encoded, [start + i for i in report["kept"]]
+
+
+def reshape_all(args, part, instruction, start) -> list[dict]:
+    """Records with the instruction and response that the flags ask for; ValueError names the record without them."""
+    shaped = []
+    for i, example in enumerate(part):
+        try:
+            shaped.append(reshape_example(example, instruction, args.response))
+        except ValueError as error:
+            raise ValueError(f"{args.data}: record {start + i + 1}: {error}") from None
+    return shaped
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------
+# loss, schedule, plan and optimizer
+
+
+def loss_sum(model, batch, loss_on, machine):
     """
     Summed cross-entropy (nats) over the supervised tokens of a batch, and their total weight. The head is
     applied only where a loss is wanted: most positions of an instruction are prompt.
@@ -282,7 +421,8 @@ def loss_sum(model, batch, loss_on, device, dtype):
     inputs, targets = collate(batch, loss_on)  # (B, T) each
     weights = token_weights(batch, loss_on).flatten()
     wanted = (targets.flatten() != IGNORE_INDEX).nonzero()[:, 0]  # (N,)
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+    device = machine.device
+    with torch.autocast(device.type, machine.dtype, enabled=machine.dtype != torch.float32):
         hidden = model.features(inputs.to(device)).flatten(0, 1)[wanted.to(device)]  # (N, C)
         targets, weights = targets.flatten()[wanted].to(device), weights[wanted].to(device)
         losses = lambda h, t: F.cross_entropy(model.lm_head(h).float(), t, reduction="none")
@@ -294,7 +434,7 @@ def loss_sum(model, batch, loss_on, device, dtype):
     return total, float(weights.sum())
 
 
-def mean_loss(model, encoded, batch_size, loss_on, device, dtype, limit=None, rank=0, world=1) -> float | None:
+def mean_loss(model, encoded, batch_size, loss_on, machine, limit=None) -> float | None:
     """Loss per supervised token over a data part (at most `limit` batches of it); None for an empty part."""
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].ids))
     chunks = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
@@ -302,10 +442,10 @@ def mean_loss(model, encoded, batch_size, loss_on, device, dtype, limit=None, ra
         chunks = chunks[::math.ceil(len(chunks) / limit) or 1]  # spread over the lengths
     total, count = 0.0, 0.0
     with eval_mode(model):
-        for chunk in chunks[rank::world]:
-            loss, n = loss_sum(model, [encoded[i] for i in chunk], loss_on, device, dtype)
+        for chunk in chunks[machine.rank::machine.world]:
+            loss, n = loss_sum(model, [encoded[i] for i in chunk], loss_on, machine)
             total, count = total + float(loss), count + n
-    total, count = total_over_processes([total, count], device)
+    total, count = total_over_processes([total, count], machine.device)
     return total / count if count else None
 
 
@@ -336,20 +476,35 @@ def build_optimizer(model, plan, lr, adapter_lr, loraplus_ratio, weight_decay, l
                               for (rate, decay), params in groups.items()], fused=True)
 
 
+def prepare_plan(args, model, train_set):
+    """(plan, optimizer): freeze by the policy, both checked; fills in --lr."""
+    order = batches([len(e.ids) for e in train_set], args.batch_size, args.seed, 0)
+    probe = [collate([train_set[i] for i in indices]) for indices in order[:5]]  # for policies that choose by gradients
+    try:
+        plan = freeze(model, args.trainable, batches=probe, seed=args.seed)
+    except ValueError as error:
+        raise UsageError(f"--trainable {args.trainable}: {error}") from None
+    adapters = [n for n in plan.eligible if is_adapter(n)]
+    for flag, value in (("--lora-r", args.lora_r), ("--loraplus-ratio", args.loraplus_ratio)):
+        if value is not None and not adapters:
+            raise UsageError(f"{flag} {value:g}: no adapter trains under --trainable {args.trainable}; add lora to it")
+    alone = len(adapters) == len(plan.eligible)
+    args.lr = args.lr or (3e-4 if is_small(model) else 5e-5) * (10 if alone else 1)
+    plan.set_modes(model.train())
+    plan.check_model(model)
+    optimizer = build_optimizer(model, plan, args.lr, adapter_lr(args, plan), args.loraplus_ratio or 1.0,
+                                args.weight_decay, args.lr_decay)
+    plan.check_optimizer(optimizer)
+    return plan, optimizer
+
+
+def adapter_lr(args, plan) -> float:
+    """--lr where only adapters train; ten times that where full weights train beside them."""
+    return args.lr if all(map(is_adapter, plan.eligible)) else 10 * args.lr
+
+
 # ---------------------------------------------------------------------------------------------
 # several processes: torchrun starts them, one per device
-
-
-def start_processes(device: str) -> tuple[int, int, str]:
-    """(rank, number of processes, device). Outside torchrun there is one process, and nothing to set up."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1:
-        return 0, 1, device
-    if device == "auto" and torch.cuda.is_available():
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    return dist.get_rank(), world, device
 
 
 def total_over_processes(values: list[float], device) -> list[float]:
@@ -523,22 +678,64 @@ def excerpt(text: str, width: int = 70) -> str:
     return text if len(text) <= width else text[:width - 3] + "..."
 
 
+def draw_losses(out: Path) -> str:
+    """Draw metrics.jsonl: into loss.png where matplotlib is installed, else as a line of text, which is returned."""
+    lines = read_records(out / "metrics.jsonl")
+    train, val = ([(m["step"], m[key]) for m in lines if m[key] is not None] for key in ("train_loss", "val_loss"))
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        values = [y for _, y in train]
+        part = max(1, math.ceil(len(values) / 60))
+        means = [mean(values[i:i + part]) for i in range(0, len(values), part)]
+        low, high = min(means, default=0), max(means, default=0)
+        bars = "".join("▁▂▃▄▅▆▇█"[round(7 * (v - low) / (high - low or 1))] for v in means)
+        return f"{bars}  {high:.3f} to {low:.3f} (with matplotlib installed: loss.png)"
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per supervised token)", title=out.name)
+    axes.plot(*zip(*train), color="#9db7d5", linewidth=0.8, label="train")
+    if val:
+        axes.plot(*zip(*val), color="#c1440e", marker="o", markersize=3, label="validation")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(out / "loss.png", dpi=150)
+    return f"{out / 'loss.png'}"
+
+
 # ---------------------------------------------------------------------------------------------
-# the run
+# training
 
 
-def gradients(model, batch, n, args, device, dtype, rank, world) -> float:
+def gradients(model, batch, n, args, machine) -> float:
     """
     Accumulate the gradients of a global batch's loss, the sum over supervised tokens divided by their weight
     n; returns that loss. Every process takes its share of the batch, in micro-batches of --batch-size.
     """
-    mine, loss = batch[rank::world], 0.0
+    mine, loss = batch[machine.rank::machine.world], 0.0
     for i in range(0, len(mine), args.batch_size):
-        part, _ = loss_sum(model, mine[i:i + args.batch_size], args.loss_on, device, dtype)
+        part, _ = loss_sum(model, mine[i:i + args.batch_size], args.loss_on, machine)
         (part / n).backward()
         loss += float(part.detach()) / n
     sum_gradients(model.parameters())
-    return total_over_processes([loss], device)[0]
+    return total_over_processes([loss], machine.device)[0]
+
+
+def take_step(model, plan, optimizer, batch, share, taken, args, machine) -> tuple[float, float]:
+    """
+    One step on a global batch at `share` of the peak learning rates; `taken` steps went before. Returns the loss and
+    the norm of the gradients before clipping; unless both are finite, nothing has moved.
+    """
+    n = float(token_weights(batch, args.loss_on).sum())
+    loss = gradients(model, batch, n, args, machine)
+    norm = float(torch.nn.utils.clip_grad_norm_(plan.parameters(), args.clip or math.inf))
+    if math.isfinite(loss) and math.isfinite(norm):
+        if taken < 2:
+            plan.check_gradients(model, taken + 1)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * share
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss, norm
 
 
 def total_steps(args, stages, world) -> int:
@@ -547,51 +744,47 @@ def total_steps(args, stages, world) -> int:
     return min(args.max_steps or math.inf, args.epochs * sum(math.ceil(len(part) / per_step) for part in stages))
 
 
-def train(model, plan, optimizer, train_set, kept, stages, val_set, args, device, dtype, state, save_state, rank=0, world=1) -> dict:
+def train(args, machine, model, plan, optimizer, data, state, save_state) -> dict:
     """
     Take the steps that `state` says are left and return the run's figures, or {"stopped": signal number}.
     `save_state()` writes a checkpoint of it; it is kept up to date here.
     """
-    lengths = [len(e.ids) for e in train_set]
-    per_step, total = args.batch_size * args.grad_accum * world, total_steps(args, stages, world)
+    lengths = [len(e.ids) for e in data.train]
+    per_step, total = args.batch_size * args.grad_accum * machine.world, total_steps(args, data.stages, machine.world)
     warmup = round(args.warmup if args.warmup >= 1 else args.warmup * total)
     eval_every = args.eval_every or max(1, total // 10)
-    validate = lambda limit: mean_loss(model, val_set, args.batch_size, args.loss_on, device, dtype, limit, rank, world)
+    validate = lambda limit: mean_loss(model, data.val, args.batch_size, args.loss_on, machine, limit)
 
-    def log(step, **figures):
-        if rank == 0:
+    def log(**figures):
+        if machine.rank == 0:
             with open(args.out / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **figures}) + "\n")
+                file.write(json.dumps({"step": state["step"]} | figures) + "\n")
 
     val_loss = validate(args.eval_batches)
     if state["step"] == 0:
-        log(0, epoch=0, train_loss=None, val_loss=val_loss, lr=0.0, tokens=0)
+        log(epoch=0, train_loss=None, val_loss=val_loss, lr=0.0, tokens=0)
     status(f"step {state['step']}/{total}" + (f"  val loss {val_loss:.3f}" if val_loss is not None else ""), keep=True)
-    start, evaluating, resumed_at = time.perf_counter() - state["seconds"], 0.0, state["tokens"]
-    begin, signals, epoch = time.perf_counter(), Signals(), args.epochs * len(stages) - 1
+    begin, before, tokens_before, validating = time.perf_counter(), state["seconds"], state["tokens"], 0.0
+    signals, epoch = Signals(), args.epochs * len(data.stages) - 1
     with signals:
-        for epoch, indices in itertools.islice(sample_order(lengths, stages, per_step, args.epochs, args.seed), state["step"], total):
+        for epoch, indices in itertools.islice(sample_order(lengths, data.stages, per_step, args.epochs, args.seed), state["step"], total):
             # The dropout masks too are drawn from (seed, step, process) alone.
-            torch.manual_seed(((args.seed * 1_000_003 + state["step"]) * 1_009 + rank) % 2**63)
+            torch.manual_seed(((args.seed * 1_000_003 + state["step"]) * 1_009 + machine.rank) % 2**63)
             switched = plan.advance(epoch, state["step"])
             plan.set_modes(model.train())
             if switched:
                 plan.drop_frozen_state(optimizer)
                 plan.check_model(model)
                 plan.check_optimizer(optimizer)
-            batch = [train_set[i] for i in indices]
-            n = float(token_weights(batch, args.loss_on).sum())
-            loss = gradients(model, batch, n, args, device, dtype, rank, world)
-            norm = float(torch.nn.utils.clip_grad_norm_(plan.parameters(), args.clip or math.inf))
+            batch = [data.train[i] for i in indices]
+            share = rate_at(state["step"], total, warmup, args.schedule)
+            loss, norm = take_step(model, plan, optimizer, batch, share, state["taken"], args, machine)
             state["step"] += 1
-            if math.isfinite(loss) and math.isfinite(norm):
+            state["tokens"] += sum(len(e.ids) for e in batch)
+            finite = math.isfinite(loss) and math.isfinite(norm)
+            if finite:
                 state["taken"] += 1
                 state["skipped in a row"] = 0
-                if state["taken"] <= 2:
-                    plan.check_gradients(model, state["taken"])
-                for group in optimizer.param_groups:
-                    group["lr"] = group["peak"] * rate_at(state["step"] - 1, total, warmup, args.schedule)
-                optimizer.step()
                 state["recent"] = state["recent"][1 - eval_every:] + [loss]
             else:
                 state["skipped in a row"] += 1
@@ -599,25 +792,22 @@ def train(model, plan, optimizer, train_set, kept, stages, val_set, args, device
                 if state["skipped in a row"] == MAX_SKIPPED:
                     raise ArithmeticError(f"{MAX_SKIPPED} steps in a row without a finite loss and gradient, the last is "
                                           f"step {state['step']}: lower --lr, or use --dtype fp32")
-            optimizer.zero_grad(set_to_none=True)
 
-            state["tokens"] += sum(len(e.ids) for e in batch)
             due = state["step"] % eval_every == 0 and state["step"] < total
             if due:
                 pause = time.perf_counter()
                 val_loss = validate(args.eval_batches)
-                evaluating += time.perf_counter() - pause
-            now = time.perf_counter()
-            state["seconds"] = now - start
-            state["rate"] = (state["tokens"] - resumed_at) / (now - begin - evaluating)
-            log(state["step"], epoch=epoch + 1, train_loss=loss if math.isfinite(loss) else None, val_loss=val_loss if due else None,
+                validating += time.perf_counter() - pause
+            seconds = time.perf_counter() - begin
+            state["seconds"], state["rate"] = before + seconds, (state["tokens"] - tokens_before) / (seconds - validating)
+            log(epoch=epoch + 1, train_loss=loss if math.isfinite(loss) else None, val_loss=val_loss if due else None,
                 lr=optimizer.param_groups[0]["lr"], grad_norm=norm if math.isfinite(norm) else None,
-                tokens=state["tokens"], seconds=round(state["seconds"], 3), records=[kept[i] for i in indices])
+                tokens=state["tokens"], seconds=round(state["seconds"], 3), records=[data.positions[i] for i in indices])
             shown = f"  val loss {val_loss:.3f}" if val_loss is not None else ""
             eta = minutes(state["seconds"] / state["step"] * (total - state["step"]))
             status(f"step {state['step']}/{total}  epoch {epoch + 1}  train loss {mean(state['recent']):.3f}{shown}  {state['rate']:,.0f} tok/s  ETA {eta}",
                    keep=due or state["step"] == total)
-            stop = signals.on_any_process(device)
+            stop = signals.on_any_process(machine.device)
             if stop or (args.checkpoint_every and state["step"] % args.checkpoint_every == 0 and state["step"] < total):
                 plan.check_model(model)
                 plan.check_unchanged(model, trained=False)
@@ -625,7 +815,7 @@ def train(model, plan, optimizer, train_set, kept, stages, val_set, args, device
             if stop:
                 return {"stopped": stop}
     val_loss = validate(None)
-    log(state["step"], epoch=epoch + 1, train_loss=None, val_loss=val_loss, lr=0.0, tokens=state["tokens"])
+    log(epoch=epoch + 1, train_loss=None, val_loss=val_loss, lr=0.0, tokens=state["tokens"])
     return {"steps": state["step"], "train_loss": mean(state["recent"]), "val_loss": val_loss, "seconds": round(state["seconds"], 3),
             "tokens_per_second": round(state["rate"], 1), "skipped_steps": state["step"] - state["taken"]}
 
@@ -657,28 +847,8 @@ class Signals:
         return int(noted)
 
 
-def draw_losses(out: Path) -> str:
-    """Draw metrics.jsonl: into loss.png where matplotlib is installed, else as a line of text, which is returned."""
-    lines = read_records(out / "metrics.jsonl")
-    train, val = ([(m["step"], m[key]) for m in lines if m[key] is not None] for key in ("train_loss", "val_loss"))
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        values = [y for _, y in train]
-        part = max(1, math.ceil(len(values) / 60))
-        means = [mean(values[i:i + part]) for i in range(0, len(values), part)]
-        low, high = min(means, default=0), max(means, default=0)
-        bars = "".join("▁▂▃▄▅▆▇█"[round(7 * (v - low) / (high - low or 1))] for v in means)
-        return f"{bars}  {high:.3f} to {low:.3f} (with matplotlib installed: loss.png)"
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per supervised token)", title=out.name)
-    axes.plot(*zip(*train), color="#9db7d5", linewidth=0.8, label="train")
-    if val:
-        axes.plot(*zip(*val), color="#c1440e", marker="o", markersize=3, label="validation")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.savefig(out / "loss.png", dpi=150)
-    return f"{out / 'loss.png'}"
+# ---------------------------------------------------------------------------------------------
+# the run
 
 
 def check_out(out: Path, overwrite: bool, resume: bool) -> None:
@@ -704,120 +874,6 @@ def clear_out(out: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def prepare_plan(args, model, train_set):
-    """Freeze by the policy and build the optimizer, both checked; fills in --lr, and returns the adapters' rate."""
-    order = batches([len(e.ids) for e in train_set], args.batch_size, args.seed, 0)
-    probe = [collate([train_set[i] for i in indices]) for indices in order[:5]]  # for policies that choose by gradients
-    try:
-        plan = freeze(model, args.trainable, batches=probe, seed=args.seed)
-    except ValueError as error:
-        raise UsageError(f"--trainable {args.trainable}: {error}") from None
-    adapters = [n for n in plan.eligible if is_adapter(n)]
-    for flag, value in (("--lora-r", args.lora_r), ("--loraplus-ratio", args.loraplus_ratio)):
-        if value is not None and not adapters:
-            raise UsageError(f"{flag} {value:g}: no adapter trains under --trainable {args.trainable}; add lora to it")
-    alone = len(adapters) == len(plan.eligible)
-    args.lr = args.lr or (3e-4 if is_small(model) else 5e-5) * (10 if alone else 1)
-    adapter_lr = args.lr if alone else 10 * args.lr
-    plan.set_modes(model.train())
-    plan.check_model(model)
-    optimizer = build_optimizer(model, plan, args.lr, adapter_lr, args.loraplus_ratio or 1.0,
-                                args.weight_decay, args.lr_decay)
-    plan.check_optimizer(optimizer)
-    return plan, optimizer, adapter_lr
-
-
-def is_small(model) -> bool:
-    """Below 10 M parameters: such a model wants a higher rate and more epochs."""
-    return sum(p.numel() for n, p in model.named_parameters() if not is_adapter(n)) < 10_000_000
-
-
-def prepare_data(args, examples, train_part, val_part, model, tokenizer):
-    """
-    Reshape, encode, select, and put in order: (train examples as Encoded, their positions in the
-    file, the stages as lists of indices, validation examples, run.json's account of the data).
-    """
-    if not train_part:
-        raise ValueError(f"{args.data}: {len(examples)} records leave none to train on: at least 2 are needed")
-    path = data_file(args.data)
-    account = {"path": str(path), "sha256": sha256(path), "rows": len(examples), "used": 0, "dropped": 0, "truncated": 0}
-    if not args.select:
-        train_part = train_part[:args.max_examples]
-    train_set, kept = encode_part(args, "training", train_part, 0, model, tokenizer, account)
-    val_set, _ = encode_part(args, "validation", val_part, len(examples) - len(val_part), model, tokenizer, account)
-
-    ifd = lambda: instruction_following_difficulty(model, train_set, tokenizer.eot_token, args.batch_size)
-    if args.select:
-        chosen = select_examples(train_set, args.select, args.max_examples, args.seed, ifd)
-        if not chosen:
-            raise ValueError(f"--select ifd: no record of {args.data} has a difficulty below 1")
-        account["used"] -= len(train_set) - len(chosen)
-        train_set, kept = [train_set[i] for i in chosen], [kept[i] for i in chosen]
-    if len(train_set) < args.stages:
-        raise UsageError(f"--stages {args.stages}: there are only {len(train_set)} training examples")
-    kind = args.curriculum.removeprefix("-")
-    levels = [examples[i].get("level") for i in kept]
-    unleveled = [i + 1 for i, level in zip(kept, levels) if type(level) not in (int, float) or not -math.inf < level < math.inf]
-    if kind == "level" and unleveled:
-        raise ValueError(f"{args.data}: record {unleveled[0]} has no number under 'level', which --curriculum level needs")
-    difficulty = {"none": lambda: [0] * len(kept), "length": lambda: [len(e.ids) for e in train_set], "level": lambda: levels,
-                  "ifd": ifd, "random": lambda: [random.Random(f"{args.seed}/{i}").random() for i in kept]}[kind]()
-    stages = split_stages(difficulty, args.stages, args.curriculum.startswith("-"), args.seed)
-    return train_set, kept, stages, val_set, account
-
-
-def encode_part(args, label, part, start, model, tokenizer, account):
-    """
-    (examples as Encoded, their positions in the file) of the records from position `start` on, dropped and cut
-    ones noted and counted. With adaptive instructions each record takes the shortest with which the model,
-    not yet tuned, finds the response no harder than with the best one.
-    """
-    if not part:
-        return [], []
-    encode = lambda records: encode_examples(records, tokenizer, args.template, args.max_length)
-    if args.instruction == "adaptive":
-        variants, losses = [reshape_all(args, part, kind, start) for kind in INSTRUCTIONS], []
-        for records in variants:
-            encoded, report = encode(records)
-            nlls = dict(zip(report["kept"], example_nlls(model, encoded, args.batch_size)))
-            losses.append([nlls[i][0] / nlls[i][1] if i in nlls else math.inf for i in range(len(part))])
-        pick = [next(k for k, loss in enumerate(row) if loss <= min(row) + TAU) for row in zip(*losses)]
-        say(f"note     of {len(part)} {label} records {sum(pick)} take the long instruction")
-        records = [variants[k][i] for i, k in enumerate(pick)]
-    else:
-        records = reshape_all(args, part, args.instruction, start)
-    try:
-        encoded, report = encode(records)
-    except ValueError as error:
-        raise ValueError(f"{args.data}: {label} records: {error}; raise --max-length, or shorten the records") from None
-    for what, reason in (("dropped", "nothing of the response is left within --max-length"), ("truncated", "longer than --max-length"),
-                         ("special_text", "a control token is spelled in them and stays text")):
-        if report[what]:
-            say(f"note     {len(report[what])} {label} records {what.replace('_', ' ')}: {reason}; "
-                f"the first is record {start + report[what][0] + 1}")
-    account["used"] += len(encoded)
-    account["dropped"] += len(report["dropped"])
-    account["truncated"] += len(report["truncated"])
-    return encoded, [start + i for i in report["kept"]]
-
-
-def reshape_all(args, part, instruction, start) -> list[dict]:
-    """Records with the instruction and response that the flags ask for; ValueError names the record without them."""
-    shaped = []
-    for i, example in enumerate(part):
-        try:
-            shaped.append(reshape_example(example, instruction, args.response))
-        except ValueError as error:
-            raise ValueError(f"{args.data}: record {start + i + 1}: {error}") from None
-    return shaped
-
-
-def sha256(path: Path) -> str:
-    """Hash of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def save(args, folder, model, tokenizer, plan) -> None:
     """model/ where full weights trained, adapter/ where there is an adapter, or both."""
     base = str(folder.resolve())
@@ -829,16 +885,38 @@ def save(args, folder, model, tokenizer, plan) -> None:
         save_lora(model, args.out / "adapter", base=base)
 
 
-def announce(args, model, plan, data, n_test, device, dtype, adapter_lr) -> None:
+def encode_prompts(tokenizer, examples, template) -> list[list[int]]:
+    """The prompts of examples as ids, as in training."""
+    return [tokenizer.encode_ordinary(format_prompt(e, template)) for e in examples]
+
+
+def answer(model, tokenizer, examples, template, limit, path=None):
+    """Greedy answers to examples, as `generate_responses` gives them."""
+    prompts = encode_prompts(tokenizer, examples, template)
+    return generate_responses(model, tokenizer, examples, prompts, generate, max_new_tokens=limit, path=path)
+
+
+def lengthen(args, model, tokenizer, data) -> list[dict]:
+    """
+    The test records with their long instruction where the model is unsure how to begin its answer to the
+    short one: where the entropy is above the 75th percentile of the validation records.
+    """
+    unsure = lambda records: first_token_entropies(model, encode_prompts(tokenizer, records, args.template), args.batch_size)
+    known = sorted(unsure(data.short_val or data.test))
+    threshold = known[int(0.75 * len(known))]
+    return [long if entropy > threshold else short for short, long, entropy in zip(data.test, data.long_test, unsure(data.test))]
+
+
+def announce(args, machine, model, plan, data) -> None:
     """What is about to happen, in five lines."""
     config = model.config
     total = sum(p.numel() for p in model.parameters())
-    say(f"model    {args.model}: {total:,} parameters, {config.n_layer} blocks of width {config.n_embd}, on {device} in "
-        f"{next(n for n, d in DTYPES.items() if d == dtype)}")
-    say(f"data     {args.data}: {data['rows']} records, {data['used']} to train and validate on, {n_test} to test")
+    say(f"model    {args.model}: {total:,} parameters, {config.n_layer} blocks of width {config.n_embd}, on {machine.device} in "
+        f"{next(n for n, d in DTYPES.items() if d == machine.dtype)}")
+    say(f"data     {args.data}: {data.account['rows']} records, {data.account['used']} to train and validate on, {len(data.test)} to test")
     say("freeze   " + plan.summary().replace("\n", "\n         "))
-    mixed = any(map(is_adapter, plan.eligible)) and adapter_lr != args.lr
-    rates = f"lr {args.lr:g}" + (f", adapters {adapter_lr:g}" if mixed else "")
+    mixed = any(map(is_adapter, plan.eligible)) and adapter_lr(args, plan) != args.lr
+    rates = f"lr {args.lr:g}" + (f", adapters {adapter_lr(args, plan):g}" if mixed else "")
     say(f"train    {args.epochs} epochs in batches of {args.batch_size}"
         + (f" x {args.grad_accum}" if args.grad_accum > 1 else "") + f", {rates}, loss on {args.loss_on}")
 
@@ -858,125 +936,117 @@ def conclude(args, plan, figures, n_test, seconds) -> None:
     say(f"saved    {args.out}  ({minutes(seconds)} in all)")
 
 
-def encode_prompts(tokenizer, examples, template) -> list[list[int]]:
-    """The prompts of examples as ids, as in training."""
-    return [tokenizer.encode_ordinary(format_prompt(e, template)) for e in examples]
-
-
-def answer(model, tokenizer, examples, template, limit, path=None):
-    """Greedy answers to examples, as `generate_responses` gives them."""
-    prompts = encode_prompts(tokenizer, examples, template)
-    return generate_responses(model, tokenizer, examples, prompts, generate, max_new_tokens=limit, path=path)
-
-
-def lengthen(args, model, tokenizer, test, val, start) -> list[dict]:
-    """
-    The test records with their long instruction where the model is unsure how to begin its answer to the
-    short one: where the entropy is above the 75th percentile of the validation records.
-    """
-    unsure = lambda part: first_token_entropies(model, encode_prompts(tokenizer, part, args.template), args.batch_size)
-    short, long = (reshape_all(args, test, kind, start) for kind in INSTRUCTIONS)
-    threshold = sorted(unsure(val or short))[int(0.75 * len(val or short))]
-    return [b if entropy > threshold else a for a, b, entropy in zip(short, long, unsure(short))]
-
-
-def run(args) -> int:
-    """Load, freeze, prove, train, prove again, save, answer; returns the exit code."""
-    started = time.perf_counter()
-    folder, adapter = locate(args.model)
+def choose_out(args, adapter: Path | None) -> None:
+    """Fill in --trainable and --out, and refuse a folder that cannot be written to."""
     args.trainable = args.trainable or ("lora" if args.lora_r or adapter else "all")
     name = Path(args.model).resolve().name if Path(args.model).is_dir() else args.model
     args.out = args.out or Path("runs") / re.sub(r"[^\w.,-]+", "_", f"{name}-{args.trainable}")
     if os.path.realpath(args.out) == os.path.realpath(args.model):
         raise UsageError(f"--out {args.out}: is the run that --model goes on from; choose another")
     check_out(args.out, args.overwrite, args.resume)
-    if args.resume and (args.out / "run.json").exists():
-        say(f"{args.out}: the run is complete, nothing is left to do")
-        return 0
-    rank, world, args.device = start_processes(args.device)
-    if rank > 0:
-        sys.stdout = open(os.devnull, "w")
-    device, dtype = choose_device(args.device, args.dtype)
 
-    examples = load_examples(args.data)
-    model, tokenizer = load_model(args, folder, adapter)
-    model.to(device)
-    block_size = model.config.block_size
+
+def choose_sizes(args, model) -> None:
+    """Fill in --epochs, --batch-size and --max-length by the model at hand."""
     args.epochs = args.epochs or (3 if is_small(model) else 2)
     args.batch_size = args.batch_size or (16 if is_small(model) else 8)
+    block_size = model.config.block_size
     args.max_length = args.max_length or block_size
     if args.max_length > block_size:
         raise UsageError(f"--max-length {args.max_length}: the model takes at most {block_size} tokens")
-    train_part, val, test = split_examples(examples)
-    train_set, kept, stages, val_set, data = prepare_data(args, examples, train_part, val, model, tokenizer)
-    if args.warmup > (total := total_steps(args, stages, world)):
-        raise UsageError(f"--warmup {args.warmup:g}: the run has only {total} steps")
-    plan, optimizer, adapter_lr = prepare_plan(args, model, train_set)
 
-    wait_for_all()  # every process has seen that --out is free, or resumable
-    lock = hold(args.out, rank)
-    if rank == 0 and not args.resume:
-        clear_out(args.out)
-    announce(args, model, plan, data, len(test), device, dtype, adapter_lr)
-    limit = min(block_size, 2 * max(len(e.ids) - e.n_prompt for e in train_set))
-    asked = reshape_all(args, test, INSTRUCTIONS[0] if args.instruction == "adaptive" else args.instruction, len(train_part))
-    asked = [] if args.no_responses or rank > 0 else asked
-    before = answer(model, tokenizer, asked[:3], args.template, limit)
-    state = {"step": 0, "taken": 0, "skipped in a row": 0, "tokens": 0, "seconds": 0.0, "rate": 0.0, "recent": []}
-    identity = fingerprint(args, data)
-    if args.resume:
-        state = load_checkpoint(args, identity, model, plan, optimizer)
 
-    def save_state():
-        if rank == 0:
-            save_checkpoint(args.out, state, identity, model, plan, optimizer, args.keep)
-        wait_for_all()
-
-    try:
-        figures = train(model, plan, optimizer, train_set, kept, stages, val_set, args, device, dtype, state, save_state, rank, world)
-    except (MemoryError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            longest = max(len(e.ids) for e in train_set + val_set)
-            raise MemoryError(f"--batch-size {args.batch_size} with examples of up to {longest} tokens does not fit on {device}: lower "
-                              "--batch-size (and raise --grad-accum to keep the steps as they are) or --max-length") from None
-        raise
-    if "stopped" in figures:
-        say(f"\nstopped after step {state['step']}; the same command with --resume goes on from there")
-        return 128 + figures["stopped"]
+def prove(model, plan, optimizer, state) -> None:
+    """The last checks: what was frozen has not moved, what was to train has, and the result can be used."""
     plan.check_model(model)
     plan.check_optimizer(optimizer)
     plan.check_unchanged(model, trained=state["taken"] > 1)
     for name, p in model.named_parameters():
         if not torch.isfinite(p).all():
             raise ArithmeticError(f"{name} holds NaN or inf after step {state['step']}, nothing is saved: lower --lr or --weight-decay")
-    wait_for_all()  # every process has proved its own copy
-    if rank > 0:
-        return 0
-    figures |= {"peak_memory_bytes": peak_memory(device), "exact_match": None, "max_new_tokens": limit}
-    save(args, folder, model, tokenizer, plan)
-    flags = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    record = {
-        "flags": flags,
+
+
+def describe(args, plan, data, figures) -> dict:
+    """run.json."""
+    return {
+        "flags": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "data": data,
+        "data": data.account,
         "freeze": {"policy": args.trainable, "trainable": plan.eligible, "frozen": plan.frozen,
                    "trainable_parameters": sum(p.numel() for p in plan.parameters()),
                    "fingerprint": plan.fingerprint, "checks": plan.checks},
         "train": figures,
     }
-    write_json(args.out / "run.json", record)  # from here on the run is complete, answered or not
+
+
+def run(args) -> int:
+    """Load, freeze, prove, train, prove again, save, answer; returns the exit code."""
+    started = time.perf_counter()
+    folder, adapter = locate(args.model)
+    choose_out(args, adapter)
+    if args.resume and (args.out / "run.json").exists():
+        say(f"{args.out}: the run is complete, nothing is left to do")
+        return 0
+    machine = join_processes(choose_device(args.device), args.dtype)
+    if machine.rank > 0:
+        sys.stdout = open(os.devnull, "w")
+    model, tokenizer = load_model(args, folder, adapter)
+    model.to(machine.device)
+    choose_sizes(args, model)
+    data = prepare_data(args, model, tokenizer)
+    if args.warmup > (total := total_steps(args, data.stages, machine.world)):
+        raise UsageError(f"--warmup {args.warmup:g}: the run has only {total} steps")
+    plan, optimizer = prepare_plan(args, model, data.train)
+
+    wait_for_all()  # every process has seen that --out is free, or resumable
+    lock = hold(args.out, machine.rank)
+    if machine.rank == 0 and not args.resume:
+        clear_out(args.out)
+    announce(args, machine, model, plan, data)
+    limit = min(model.config.block_size, 2 * max(len(e.ids) - e.n_prompt for e in data.train))
+    asked = [] if args.no_responses or machine.rank > 0 else data.test
+    before = answer(model, tokenizer, asked[:3], args.template, limit)
+    identity = fingerprint(args, data.account)
+    state = {"step": 0, "taken": 0, "skipped in a row": 0, "tokens": 0, "seconds": 0.0, "rate": 0.0, "recent": []}
+    if args.resume:
+        state = load_checkpoint(args, identity, model, plan, optimizer)
+
+    def save_state():
+        if machine.rank == 0:
+            save_checkpoint(args.out, state, identity, model, plan, optimizer, args.keep)
+        wait_for_all()
+
+    try:
+        figures = train(args, machine, model, plan, optimizer, data, state, save_state)
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            longest = max(len(e.ids) for e in data.train + data.val)
+            raise MemoryError(f"--batch-size {args.batch_size} with examples of up to {longest} tokens does not fit on {machine.device}: "
+                              "lower --batch-size (and raise --grad-accum to keep the steps as they are) or --max-length") from None
+        raise
+    if "stopped" in figures:
+        say(f"\nstopped after step {state['step']}; the same command with --resume goes on from there")
+        return 128 + figures["stopped"]
+    prove(model, plan, optimizer, state)
+    wait_for_all()  # every process has proved its own copy
+    if machine.rank > 0:
+        return 0
+
+    figures |= {"peak_memory_bytes": peak_memory(machine.device), "exact_match": None, "max_new_tokens": limit}
+    save(args, folder, model, tokenizer, plan)
+    write_json(args.out / "run.json", describe(args, plan, data, figures))  # from here on the run is complete, answered or not
     if asked:
         if args.instruction == "adaptive":
-            asked = lengthen(args, model, tokenizer, test, reshape_all(args, val, INSTRUCTIONS[0], len(train_part) + len(test)), len(train_part))
+            asked = lengthen(args, model, tokenizer, data)
         figures["prompt_tokens"] = mean([len(p) for p in encode_prompts(tokenizer, asked, args.template)])
         responses = answer(model, tokenizer, asked, args.template, limit, args.out / "responses.jsonl")
         figures["exact_match"] = mean([r["ended"] and exact_match(r["model_response"], r["output"]) for r in responses])
-        write_json(args.out / "run.json", record)
+        write_json(args.out / "run.json", describe(args, plan, data, figures))
         for old, new in zip(before, responses):
             say(f"\nprompt   {excerpt(old['instruction'] + ' ' + old['input'])}\nbefore   {excerpt(old['model_response'])}"
                 f"\nafter    {excerpt(new['model_response'])}")
     shutil.rmtree(args.out / "checkpoints", ignore_errors=True)
-    conclude(args, plan, figures, len(test), time.perf_counter() - started)
+    conclude(args, plan, figures, len(data.test), time.perf_counter() - started)
     return 0
 
 

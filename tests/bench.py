@@ -184,19 +184,19 @@ def our_train(folder, policy, steps, size=8, device="cpu", dtype="fp32", flags=(
     """finetune.py's own functions in the order of its loop. `length`: records of so many ids, loss on all."""
     import finetune
     import torch
-    from data import Encoded, batches, token_weights
+    from data import Encoded, batches
 
     if hasattr(finetune, "keep_memory"):
         finetune.keep_memory()
     args = finetune.parse_args(["--model", folder, "--trainable", policy, "--batch-size", str(size), "--device", device,
                                 "--dtype", dtype, *flags, *["--lora-r", "16"] * (policy == "lora"), *["--loss-on", "all"] * bool(length)])
-    device, dtype = finetune.choose_device(args.device, args.dtype)
+    machine = finetune.join_processes(finetune.choose_device(args.device), args.dtype)
     model, _ = finetune.load_model(args, *finetune.locate(args.model))
-    model.to(device)
+    model.to(machine.device)
     sample, longest = draw(steps, size * args.grad_accum)
     if length:
         sample = longest = [Encoded([(7 * i + row) % 50257 for i in range(length)], 1) for row in range(size)]
-    plan, optimizer, _ = finetune.prepare_plan(args, model, sample)
+    plan, optimizer = finetune.prepare_plan(args, model, sample)
     order = [[sample[i] for i in batch] for batch in batches([len(e.ids) for e in sample], size * args.grad_accum, 123, 0)]
     prefix, taken = [], 0
     if "--cache-prefix" in flags:
@@ -206,14 +206,8 @@ def our_train(folder, policy, steps, size=8, device="cpu", dtype="fp32", flags=(
     def step(batch):
         nonlocal taken
         plan.set_modes(model.train())
-        n = float(token_weights(batch, args.loss_on).sum())
-        loss = finetune.gradients(model, batch, n, args, device, dtype, 0, 1, *prefix)
-        torch.nn.utils.clip_grad_norm_(plan.parameters(), args.clip)
+        loss, _ = finetune.take_step(model, plan, optimizer, batch, 1.0, taken, args, machine, *prefix)
         taken += 1
-        if taken <= 2:
-            plan.check_gradients(model, taken)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
         return loss
 
     def prove():
@@ -224,7 +218,7 @@ def our_train(folder, policy, steps, size=8, device="cpu", dtype="fp32", flags=(
 
     for batch in order if prefix else []:  # the first epoch fills the cache
         step(batch)
-    return stepper(step, order, longest, model.config, policy, device.type, prove)
+    return stepper(step, order, longest, model.config, policy, machine.device.type, prove)
 
 
 def generation(folder, kind, device="cpu"):

@@ -21,6 +21,7 @@ from data import encode_examples, load_examples, load_tokenizer, split_examples
 from gpt import GPT, GPTConfig, read_safetensors
 
 ROOT = Path(__file__).resolve().parents[1]
+CPU = finetune.Machine(torch.device("cpu"))
 SHARED = ROOT.parent / "shared" / "data"
 
 
@@ -113,7 +114,7 @@ def encoded_world(world):
 
 @torch.no_grad()
 def loss_without_graph(model, batch, loss_on):
-    return finetune.loss_sum(model, batch, loss_on, torch.device("cpu"), torch.float32)
+    return finetune.loss_sum(model, batch, loss_on, CPU)
 
 
 def test_accumulated_gradients_equal_undivided_ones_for_uneven_answers(world):
@@ -121,7 +122,7 @@ def test_accumulated_gradients_equal_undivided_ones_for_uneven_answers(world):
     grads = []
     for micro in ([batch], [batch[:1], batch[1:3], batch[3:]]):
         model = GPT.from_pretrained(world / "model")
-        parts = [finetune.loss_sum(model, b, "response", torch.device("cpu"), torch.float32) for b in micro]
+        parts = [finetune.loss_sum(model, b, "response", CPU) for b in micro]
         n = sum(count for _, count in parts)
         for loss, _ in parts:
             (loss / n).backward()
@@ -139,9 +140,9 @@ def test_a_fractional_loss_weighs_the_prompt_and_lies_between_its_ends(world):
 
 def test_the_validation_loss_does_not_depend_on_the_batch_size(world):
     encoded, model = encoded_world(world), GPT.from_pretrained(world / "model")
-    measure = lambda size, limit=None: finetune.mean_loss(model, encoded, size, "response", torch.device("cpu"), torch.float32, limit)
+    measure = lambda size, limit=None: finetune.mean_loss(model, encoded, size, "response", CPU, limit)
     assert measure(1) == pytest.approx(measure(7), rel=1e-6)
-    assert finetune.mean_loss(model, [], 4, "response", torch.device("cpu"), torch.float32, 5) is None
+    assert finetune.mean_loss(model, [], 4, "response", CPU, 5) is None
     assert measure(4, 2) != measure(4)
 
 
@@ -170,7 +171,7 @@ def test_a_head_applied_in_parts_gives_the_same_loss_and_gradients(world, monkey
     for rows in (finetune.HEAD_ROWS, 7):
         monkeypatch.setattr(finetune, "HEAD_ROWS", rows)
         model = GPT.from_pretrained(world / "model")
-        loss, n = finetune.loss_sum(model, batch, "0.5", torch.device("cpu"), torch.float32)
+        loss, n = finetune.loss_sum(model, batch, "0.5", CPU)
         loss.backward()
         grads.append([loss.detach(), *(p.grad for p in model.parameters())])
     for whole, parts in zip(*grads):
@@ -259,7 +260,7 @@ def test_a_hybrid_run_saves_the_changed_weights_and_the_adapter(world, tmp_path)
     folder, adapter = finetune.locate(str(tmp_path / "r"))
     model, tokenizer = finetune.load_model(finetune.parse_args([]), folder, adapter)
     val = encode_examples(split_examples(load_examples(world / "records.json"))[1], tokenizer)[0]
-    again = finetune.mean_loss(model, val, 8, "response", torch.device("cpu"), torch.float32)
+    again = finetune.mean_loss(model, val, 8, "response", CPU)
     assert again == pytest.approx(info["train"]["val_loss"], rel=1e-6)
 
 
@@ -267,7 +268,7 @@ def test_full_weights_and_adapters_learn_at_their_own_rates(world):
     args = finetune.parse_args(["--lora-r", "2", "--trainable", "lora,last_block", "--lr", "0.001", "--loraplus-ratio", "16"])
     model, _ = finetune.load_model(args, world / "model", None)
     args.batch_size = 8
-    plan, optimizer, adapter_lr = finetune.prepare_plan(args, model, encoded_world(world))
+    plan, optimizer = finetune.prepare_plan(args, model, encoded_world(world))
     rate = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     for name, p in model.named_parameters():
         if name in plan.eligible:
@@ -356,8 +357,8 @@ def test_a_broken_proof_ends_the_run(world, tmp_path, capsys, monkeypatch, plant
         monkeypatch.setattr(finetune, "loss_sum", flipped)
     elif planted == "a frozen weight nudged":
         true_train = finetune.train
-        def nudged(model, *args):
-            figures = true_train(model, *args)
+        def nudged(args, machine, model, *rest):
+            figures = true_train(args, machine, model, *rest)
             with torch.no_grad():
                 w = model.wte.weight
                 w[0, 0] = torch.nextafter(w[0, 0], torch.tensor(math.inf))

@@ -309,7 +309,7 @@ def every_token_counts_the_same_in_accumulation():
     for size in (4, 1):
         model, args = small(), finetune.parse_args(["--batch-size", str(size)])
         n = sum(len(example.ids) - example.n_prompt for example in batch)
-        finetune.gradients(model, batch, n, args, torch.device("cpu"), torch.float32, 0, 1)
+        finetune.gradients(model, batch, n, args, finetune.Machine(torch.device("cpu")))
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     torch.testing.assert_close(*gradients)
 
