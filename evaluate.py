@@ -33,8 +33,9 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch says so without numpy, which is not needed
 import torch
@@ -198,36 +199,35 @@ def rouge_l(prediction: str, reference: str) -> float:
 # ---------------------------------------------------------------- scores of a model
 
 
-def sum_nll(model, inputs, targets) -> float:
-    """Summed negative log-likelihood (nats) of the targets that are not -100; inputs, targets: (B, T) int64."""
-    device = next(model.parameters()).device
-    wanted = targets != -100  # (B, T)
+def token_nlls(model, inputs, targets) -> torch.Tensor:
+    """Negative log-likelihood (nats) of each target that is not -100, (N,) float64; inputs, targets: (B, T) int64.
+
+    The head sees only these positions, 1024 at a time: the logits of them all would be by far the largest tensor.
+    """
+    device, wanted = next(model.parameters()).device, targets != -100  # (B, T)
     hidden = model.features(inputs.to(device))[wanted.to(device)]  # (B, T, C) -> (N, C)
-    return F.cross_entropy(model.lm_head(hidden).float(), targets[wanted].to(device), reduction="sum").item()
+    parts = zip(hidden.split(1024), targets[wanted].to(device).split(1024))
+    return torch.cat([F.cross_entropy(model.lm_head(h).float(), t, reduction="none") for h, t in parts]).double().cpu()
 
 
 def example_nlls(model, encoded, batch_size: int = 16) -> list[tuple[float, int]]:
     """(nats, tokens) of each example: negative log-likelihood of its response, end token included, given its prompt.
 
-    encoded: data.Encoded, with .ids and .n_prompt. Only response tokens count, each once, so the ratio
-    is comparable between templates and between losses trained on.
+    encoded: data.Encoded, or anything with .ids and .n_prompt. Only response tokens count, each once, so the ratio
+    is comparable between templates and between losses trained on. Examples of similar length share a batch.
     """
-    results, device = [(0.0, 0)] * len(encoded), next(model.parameters()).device
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].ids))
+    results, order = [(0.0, 0)] * len(encoded), sorted(range(len(encoded)), key=lambda i: len(encoded[i].ids))
     with eval_mode(model):
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            inputs = torch.zeros(len(batch), max(len(encoded[i].ids) for i in batch) - 1, dtype=torch.long)
+            inputs = torch.zeros(len(batch), len(encoded[batch[-1]].ids) - 1, dtype=torch.long)  # padding comes after: unseen
             targets = torch.full_like(inputs, -100)
             for row, e in enumerate(encoded[i] for i in batch):
                 inputs[row, : len(e.ids) - 1] = torch.tensor(e.ids[:-1])
                 targets[row, e.n_prompt - 1 : len(e.ids) - 1] = torch.tensor(e.ids[e.n_prompt :])
-            row, column = (targets != -100).nonzero(as_tuple=True)  # (N,) each
-            hidden = model.features(inputs.to(device))[row.to(device), column.to(device)]  # (B, T, C) -> (N, C)
-            losses = F.cross_entropy(model.lm_head(hidden).float(), targets[row, column].to(device), reduction="none")
-            nats = torch.zeros(len(batch), dtype=torch.float64).index_add_(0, row, losses.cpu().double())
-            for i, total, tokens in zip(batch, nats.tolist(), row.bincount(minlength=len(batch)).tolist()):
-                results[i] = total, tokens
+            tokens = (targets != -100).sum(1).tolist()
+            for i, nats in zip(batch, token_nlls(model, inputs, targets).split(tokens)):
+                results[i] = nats.sum().item(), len(nats)
     return results
 
 
@@ -237,11 +237,23 @@ def response_nll(model, encoded, batch_size: int = 16) -> tuple[float, int]:
     return math.fsum(nats), sum(tokens)
 
 
+def text_nll(model, ids: list[int], block_size: int, batch_size: int = 8) -> float:
+    """Nats per token of a plain text cut into windows of block_size; every id but the first is predicted once.
+
+    A window's context starts at its own first id, so the number depends on block_size: compare like with like.
+    """
+    if len(ids) < 2:
+        raise ValueError(f"a text of {len(ids)} tokens has none to predict: at least 2 are needed")
+    windows = [SimpleNamespace(ids=ids[i : i + block_size + 1], n_prompt=1) for i in range(0, len(ids) - 1, block_size)]
+    nats, tokens = response_nll(model, windows, batch_size)
+    return nats / tokens
+
+
 def instruction_following_difficulty(model, encoded, eos: int, batch_size: int = 16) -> list[float]:
     """exp(s(y|x) - s(y)), IFD of arXiv 2308.12032, s being nats per token: how much harder a response is after its
     prompt than after nothing but an end token. Small: the instruction says it all. Above 1: it does not help.
     """
-    alone = [replace(e, ids=[eos, *e.ids[e.n_prompt :]], n_prompt=1) for e in encoded]
+    alone = [SimpleNamespace(ids=[eos, *e.ids[e.n_prompt :]], n_prompt=1) for e in encoded]
     given, alone = (example_nlls(model, part, batch_size) for part in (encoded, alone))
     return [math.exp(a / n - b / m) for (a, n), (b, m) in zip(given, alone)]
 
@@ -253,30 +265,11 @@ def first_token_entropies(model, prompts: list[list[int]], batch_size: int = 16)
         for start in range(0, len(prompts), batch_size):
             part = prompts[start : start + batch_size]
             last = torch.tensor([len(p) - 1 for p in part])
-            idx = torch.tensor([p + [0] * (int(last.max()) + 1 - len(p)) for p in part])  # padding comes after: unseen
+            idx = torch.tensor([p + [0] * (int(last.max()) + 1 - len(p)) for p in part])
             hidden = model.features(idx.to(device))[torch.arange(len(part)), last]  # (B, T, C) -> (B, C)
             log_p = F.log_softmax(model.lm_head(hidden).float(), dim=-1)
             entropies += (-(log_p.exp() * log_p).sum(-1)).tolist()
     return entropies
-
-
-def text_nll(model, ids: list[int], block_size: int, batch_size: int = 8) -> float:
-    """Nats per token of a plain text cut into windows of block_size; every id but the first is predicted once.
-
-    A window's context starts at its own first id, so the number depends on block_size: compare like with like.
-    """
-    if len(ids) < 2:
-        raise ValueError(f"a text of {len(ids)} tokens has none to predict: at least 2 are needed")
-    nats = 0.0
-    n_full = (len(ids) - 1) // block_size * block_size
-    with eval_mode(model):
-        inputs = torch.tensor(ids[:n_full], dtype=torch.long).view(-1, block_size)
-        targets = torch.tensor(ids[1 : n_full + 1], dtype=torch.long).view(-1, block_size)
-        for start in range(0, len(inputs), batch_size):
-            nats += sum_nll(model, inputs[start : start + batch_size], targets[start : start + batch_size])
-        if rest := ids[n_full + 1 :]:
-            nats += sum_nll(model, torch.tensor([ids[n_full:-1]]), torch.tensor([rest]))
-    return nats / (len(ids) - 1)
 
 
 # ---------------------------------------------------------------- statistics
@@ -289,19 +282,15 @@ def bootstrap_interval(values: list[float], n_resamples: int = 2000, seed: int =
     """
     if len(values) < 2:
         return None
-    values = torch.tensor(values, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(seed)
+    values, generator = torch.tensor(values, dtype=torch.float64), torch.Generator().manual_seed(seed)
     means = torch.cat([values[torch.randint(len(values), (100, len(values)), generator=generator)].mean(1)
                        for _ in range(n_resamples // 100)])
     return torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
 
 
 def pearson(x: list[float], y: list[float]) -> float | None:
-    """Linear correlation; None where one side is constant (or there are fewer than two pairs)."""
-    x, y = (torch.tensor(v, dtype=torch.float64) for v in (x, y))
-    x, y = x - x.mean(), y - y.mean()
-    norm = (x.square().sum() * y.square().sum()).sqrt().item()
-    return (x * y).sum().item() / norm if norm > 0 else None
+    """Linear correlation; None where one side is constant, as in the two below."""
+    return statistics.correlation(x, y) if len(set(x)) > 1 and len(set(y)) > 1 else None
 
 
 def mean_ranks(values: list[float]) -> list[float]:
@@ -316,19 +305,18 @@ def spearman(x: list[float], y: list[float]) -> float | None:
 
 
 def kendall_tau_b(x: list[float], y: list[float]) -> float | None:
-    """Concordant minus discordant pairs, corrected for ties on either side; None where one side is constant."""
-    x, y = (torch.tensor(v, dtype=torch.float64) for v in (x, y))
-    dx, dy = (torch.sign(v[None] - v[:, None]) for v in (x, y))  # (N, N)
+    """Concordant minus discordant pairs, corrected for ties on either side."""
+    dx, dy = (torch.sign(v[None] - v[:, None]) for v in torch.tensor([x, y], dtype=torch.float64))  # (N, N)
     norm = math.sqrt(dx.square().sum() * dy.square().sum())
     return (dx * dy).sum().item() / norm if norm > 0 else None
 
 
 def value_at(values: list[float], x: list[float], at: float) -> float:
     """Least-squares prediction of `values` where x is `at`: a mean with the effect of x regressed out."""
-    mean_x, mean = statistics.fmean(x), statistics.fmean(values)
-    variance = sum((a - mean_x) ** 2 for a in x)
-    slope = sum((a - mean_x) * (v - mean) for a, v in zip(x, values)) / variance if variance else 0.0
-    return mean + slope * (at - mean_x)
+    if len(set(x)) < 2:
+        return statistics.fmean(values)
+    slope, intercept = statistics.linear_regression(x, values)
+    return intercept + slope * at
 
 
 def length_controlled_win_rate(wins: list[float], length_differences: list[float]) -> tuple[float, float]:
@@ -338,7 +326,7 @@ def length_controlled_win_rate(wins: list[float], length_differences: list[float
     read off at difference 0, as AlpacaEval 2 (arXiv 2404.04475) without its term for each instruction's
     difficulty. A small ridge keeps the fit finite where one side always wins.
     """
-    y, x = torch.tensor(wins, dtype=torch.float64), torch.tensor(length_differences, dtype=torch.float64)
+    y, x = torch.tensor([wins, length_differences], dtype=torch.float64)
     x = torch.tanh(x / x.std(correction=0).clamp(min=1e-9))
     design, w, ridge = torch.stack([torch.ones_like(x), x], 1), torch.zeros(2, dtype=torch.float64), 0.01
     for _ in range(50):  # Newton

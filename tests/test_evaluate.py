@@ -271,6 +271,22 @@ def test_response_nll_counts_response_tokens_only_each_once_whatever_the_batch()
         assert tokens == 3 + 2 + 2 + 8 and nats == pytest.approx(expected, rel=1e-5)
 
 
+def test_the_head_sees_response_positions_only_and_a_bounded_number_at_a_time():
+    model, seen = TinyModel(block_size=3000), []
+    model.lm_head.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    encoded = [SimpleNamespace(ids=[1] * n, n_prompt=p) for n, p in [(2500, 400), (900, 899), (3000, 2990)]]
+    assert E.response_nll(model, encoded)[1] == 2100 + 1 + 10
+    assert [shape[0] for shape in seen] == [1024, 1024, 2111 - 2048]
+
+
+def test_examples_of_similar_length_share_a_batch():
+    model, seen = TinyModel(block_size=50), []
+    features = model.features
+    model.features = lambda idx: seen.append(tuple(idx.shape)) or features(idx)
+    E.response_nll(model, [SimpleNamespace(ids=[1] * n, n_prompt=1) for n in (40, 5, 41, 4)], batch_size=2)
+    assert seen == [(2, 4), (2, 40)]
+
+
 @pytest.mark.parametrize("n", [2, 8, 9, 16, 17, 18, 30])
 def test_text_nll_predicts_every_token_but_the_first_exactly_once_from_its_window(n):
     model, ids = TinyModel(block_size=8), [random.Random(n).randrange(11) for _ in range(n)]
