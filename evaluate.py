@@ -15,7 +15,6 @@ import argparse
 import email.utils
 import hashlib
 import http.client
-import ipaddress
 import json
 import math
 import os
@@ -32,6 +31,7 @@ import urllib.request
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -467,62 +467,58 @@ class JudgeError(RuntimeError):
         self.fatal, self.status = fatal, status
 
 
-class NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect is an error: the key and the data go to the server that was named, and nowhere else."""
+class AnyStatus(urllib.request.HTTPErrorProcessor):
+    """Every status comes back. No redirect is followed: key and data go to the server that was named, and nowhere else."""
 
-    def redirect_request(self, *args):
-        return None
+    def http_response(self, request, response):
+        return response
+
+    https_response = http_response
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host name or address is this machine."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    """Whether a host is this machine."""
+    return re.fullmatch(r"localhost|127(\.\d{1,3}){3}|::1", host) is not None
 
 
 def post_once(url: str, body: dict, key: str | None, timeout: float):
-    """One POST: (status, headers, text). `timeout` seconds in all: the sockets' own limit is for each read, so a
-    server that drips bytes would never reach it; the work is left to a thread that can be abandoned.
+    """One POST: (status, headers, text), or TimeoutError after `timeout` seconds in all. The sockets' own limit is
+    for each read, and a server that drips bytes never reaches it: hence a thread, which can be abandoned.
     """
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)
     no_proxy = [urllib.request.ProxyHandler({})] if is_loopback(urllib.parse.urlsplit(url).hostname) else []
-    outcome = []
+    outcome = Future()
 
     def work():
         try:
-            try:
-                response = urllib.request.build_opener(NoRedirect, *no_proxy).open(request, timeout=timeout)
-            except urllib.error.HTTPError as error:
-                response = error
-            with response:
+            with urllib.request.build_opener(AnyStatus, *no_proxy).open(request, timeout=timeout) as response:
                 raw = response.read(2**22)  # replies are a few kilobytes: more is a fault
-                outcome.append((response.status, response.headers, raw.decode(errors="replace")))
-        except Exception as error:  # handed over to the caller's thread
-            outcome.append(error)
+            outcome.set_result((response.status, response.headers, raw.decode(errors="replace")))
+        except Exception as error:  # raised again by result()
+            outcome.set_exception(error)
 
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(timeout)
-    result = outcome[0] if outcome else TimeoutError(f"no whole reply within {timeout:g} s")
-    if isinstance(result, Exception):
-        raise result
-    status, headers, text = result
+    threading.Thread(target=work, daemon=True).start()
+    status, headers, text = outcome.result(timeout)
     return status, headers, text.replace(key, "***") if key and len(key) >= 8 else text
+
+
+def parse_json(text: str):
+    """The value of a JSON text, or None."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def error_text(text: str) -> str:
     """What an error body says, in one line of at most 200 characters."""
-    try:
-        value = json.loads(text)
-        if isinstance(value, dict):
-            value = value.get("error") or value.get("detail") or value
-        text = value if isinstance(value, str) else json.dumps(value)
-    except (ValueError, RecursionError):
-        text = re.sub(r"<[^>]*>", " ", text)  # an HTML page
-    return " ".join(text.split())[:200]
+    value = parse_json(text)
+    if isinstance(value, dict):
+        value = value.get("error") or value.get("detail") or value
+    if value is None:
+        value = re.sub(r"<[^>]*>", " ", text)  # perhaps an HTML page
+    return " ".join((value if isinstance(value, str) else json.dumps(value)).split())[:200]
 
 
 def retry_delay(headers, attempt: int) -> float:
@@ -546,27 +542,25 @@ def post_json(url: str, body: dict, key: str | None = None, *, timeout: float = 
     """
     host = urllib.parse.urlsplit(url).netloc
     for attempt in range(attempts):
-        headers, status, retry, fatal = {}, None, True, False
+        status, headers, retry, fatal = None, {}, True, False
         try:
             status, headers, text = post_once(url, body, key, timeout)
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
-            fatal = isinstance(error, urllib.error.URLError) and not isinstance(reason, TimeoutError)
-            message = f"{host}: {reason or type(reason).__name__}" + (": is the server running?" if fatal else "")
+            if isinstance(reason, TimeoutError):
+                reason = f"no whole reply within {timeout:g} s"
+            elif isinstance(error, urllib.error.URLError):
+                reason, fatal = f"{reason}: is the server running?", True
+            message = f"{host}: {reason or type(reason).__name__}"
         else:
+            reply = parse_json(text)
+            if status < 300 and isinstance(reply, dict) and not reply.get("error"):
+                return reply
             message = f"{host} answered {status}: {error_text(text)}"
-            if 200 <= status < 300:
-                try:
-                    reply = json.loads(text)
-                    if isinstance(reply, dict) and not reply.get("error"):
-                        return reply
-                except (ValueError, RecursionError):
-                    message = f"{host} answered with broken JSON: {error_text(text)}"
-            else:
-                quota = re.search(r"insufficient_quota|credit_balance_exhausted|_(spend|usage)_limit_exceeded", text)
-                retry = (status in (408, 409, 429) or status >= 500) and not quota
-                retry = {"true": True, "false": False}.get(headers.get("x-should-retry"), retry)
-                fatal = bool(quota) or 300 <= status < 400 or status in (401, 403, 404, 405)
+            quota = re.search(r"insufficient_quota|credit_balance_exhausted|_(spend|usage)_limit_exceeded", text) is not None
+            retry = (status < 300 or status in (408, 409, 429) or status >= 500) and not quota
+            retry = {"true": True, "false": False}.get(headers.get("x-should-retry"), retry)
+            fatal = quota or 300 <= status < 400 or status in (401, 403, 404, 405)
         delay = retry_delay(headers, attempt)
         if retry and delay > 120:
             raise JudgeError(f"{message} (it asks to wait {delay:.0f} s)", True, status)
@@ -589,6 +583,19 @@ class Judge:
     verdict: Callable
 
 
+def reply_text(reply: dict, ollama: bool) -> tuple[str, bool]:
+    """(text, whether it was cut off) of a server's reply."""
+    try:
+        choice = reply if ollama else reply["choices"][0]
+        text = choice["message"].get("content") or choice["message"].get("refusal") or ""
+        prompt_is_cut = ollama and reply.get("prompt_eval_count", 0) >= NUM_CTX
+    except (KeyError, IndexError, TypeError, AttributeError):
+        raise JudgeError(f"a reply without a message: {error_text(json.dumps(reply))}") from None
+    if prompt_is_cut:
+        raise JudgeError(f"the prompt does not fit into the context of {NUM_CTX} tokens")
+    return str(text), choice.get("done_reason" if ollama else "finish_reason") == "length"
+
+
 def server_judge(spec: str, url: str, key: str | None = None, *, timeout: float = 120.0,
                  sleep: Callable = time.sleep) -> Judge:
     """A judge behind Ollama's /api/chat ("ollama:MODEL") or an OpenAI-compatible API ("openai:MODEL").
@@ -597,8 +604,7 @@ def server_judge(spec: str, url: str, key: str | None = None, *, timeout: float 
     """
     kind, _, model = spec.partition(":")
     ollama, root = kind == "ollama", url.rstrip("/").removesuffix("/v1")
-    endpoint = root + ("/api/chat" if ollama else "/v1/chat/completions")
-    fixed = {"stream": False}
+    endpoint, fixed = root + ("/api/chat" if ollama else "/v1/chat/completions"), {"model": model, "stream": False}
     if ollama:
         fixed["options"] = {"temperature": 0, "seed": SEED, "num_ctx": NUM_CTX, "num_predict": MAX_REPLY}
         optional = {"format": SCHEMA, "think": False, "truncate": False}
@@ -607,32 +613,22 @@ def server_judge(spec: str, url: str, key: str | None = None, *, timeout: float 
         optional = {"response_format": {"type": "json_schema", "json_schema": json_schema},
                     "temperature": 0, "seed": SEED, "max_completion_tokens": MAX_REPLY}
 
-    def ask(prompt: str, structured: bool) -> tuple[str, bool]:  # (reply, whether it was cut off)
+    def ask(prompt: str, structured: bool) -> tuple[str, bool]:
         while True:
             options = {k: v for k, v in optional.items() if structured or "format" not in k}
-            body = {"model": model, "messages": [{"role": "user", "content": prompt}], **fixed, **options}
+            body = {**fixed, "messages": [{"role": "user", "content": prompt}], **options}
             try:
-                return read_reply(post_json(endpoint, body, key, timeout=timeout, sleep=sleep))
+                return reply_text(post_json(endpoint, body, key, timeout=timeout, sleep=sleep), ollama)
             except JudgeError as error:
-                refused = [name for name in options if re.search(rf"\b{name}(ing)?\b", str(error))]
                 if ollama and error.status == 404:
                     raise JudgeError(f"{error}; to fetch it: ollama pull {model}", True, 404) from error
+                refused = [name for name in options if re.search(rf"\b{name}(ing)?\b", str(error))]
                 if error.status not in (400, 422) or not refused:
                     raise
                 print(f"note: {error}; going on without {refused[0]}", file=sys.stderr)
                 value = optional.pop(refused[0])
                 if refused[0] == "max_completion_tokens":
                     optional["max_tokens"] = value  # the older name
-
-    def read_reply(reply: dict) -> tuple[str, bool]:
-        try:
-            choice = reply if ollama else reply["choices"][0]
-            text = choice["message"].get("content") or choice["message"].get("refusal") or ""
-        except (KeyError, IndexError, TypeError, AttributeError):
-            raise JudgeError(f"a reply without a message: {error_text(json.dumps(reply))}") from None
-        if ollama and reply.get("prompt_eval_count", 0) >= NUM_CTX:
-            raise JudgeError(f"the prompt does not fit into the context of {NUM_CTX} tokens")
-        return str(text), choice.get("done_reason" if ollama else "finish_reason") == "length"
 
     def score(*texts):
         reply, cut = ask(fill(SCORE_PROMPT, *texts), True)
