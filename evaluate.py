@@ -688,20 +688,16 @@ def judge_all(path: str | Path, settings: dict, items: list[tuple], ask: Callabl
     except where no reply came ("error") or the texts have changed. A file with other settings is a ValueError.
     A question that fails is recorded without a score; JudgeError for a fatal failure, or `patience` in a row.
     """
-    keys = {name: digest(*texts) for name, *texts in items}
-    records, kept, in_a_row = read_records(path), {}, 0
+    keys, records, in_a_row = {name: digest(*texts) for name, *texts in items}, read_records(path), 0
     for record in records:
         if record.get("settings") != settings:
             raise ValueError(f"{path} was judged with other settings ({record.get('settings')}, now {settings}): "
                              "move it away to judge anew")
-        if "error" not in record and keys.get(record.get("id")) == record.get("key"):
-            kept[record["id"]] = record
+    kept = {r["id"]: r for r in records if "error" not in r and keys.get(r.get("id")) == r.get("key")}
     if len(kept) < len(records):
         write_records(path, list(kept.values()))
     with open(path, "a", encoding="utf-8") as file:
-        for name, *texts in items:
-            if name in kept:
-                continue
+        for name, *texts in (item for item in items if item[0] not in kept):
             try:
                 result, in_a_row = ask(*texts), 0
             except JudgeError as error:
@@ -780,15 +776,19 @@ def judged_scores(records: list[dict], responses: list[dict]) -> dict:
             if j.get("score") is not None and (j.get("id"), j.get("key")) in asked}
 
 
+def mean(values) -> float | None:
+    """None of nothing."""
+    return statistics.fmean(values) if values else None
+
+
 def judge_report(scores: dict, responses: list[dict]) -> dict:
     """Mean, interval, `n_scored` of `n`, bounds with the unscored as 0 and as 100, and the mean to be expected if the
     answers were as long as the references (the effect of length regressed out).
     """
     n, values = len(responses), list(scores.values())
     lengths = {example_key(r): n_words(r["model_response"]) for r in responses}
-    reference_length = statistics.fmean(n_words(r["output"]) for r in responses)
-    return {"n": n, "n_scored": len(values), "mean": statistics.fmean(values) if values else None,
-            "interval": bootstrap_interval(values),
+    reference_length = mean([n_words(r["output"]) for r in responses])
+    return {"n": n, "n_scored": len(values), "mean": mean(values), "interval": bootstrap_interval(values),
             "bounds": [sum(values) / n, (sum(values) + 100 * (n - len(values))) / n],
             "length_adjusted": value_at(values, [lengths[k] for k in scores], reference_length) if values else None}
 
@@ -812,9 +812,8 @@ def canary_report(records: list[dict]) -> dict:
     for kind, (low, high) in CANARIES.items():
         scores = [r["score"] for r in records if str(r["id"]).startswith(kind)]
         known = [s for s in scores if s is not None]
-        mean = statistics.fmean(known) if known else None
         if scores:
-            report[kind] = {"mean": mean, "n_scored": len(known), "n": len(scores), "ok": mean is not None and low <= mean <= high}
+            report[kind] = {"mean": mean(known), "n_scored": len(known), "n": len(scores), "ok": bool(known) and low <= mean(known) <= high}
     return report
 
 
@@ -825,7 +824,7 @@ def read_judged(path: Path) -> list[dict]:
         numbers = [r[key] for key in ("score", "covered") if r.get(key) is not None]
         if not (isinstance(r.get("id"), (int, str)) and isinstance(r.get("key"), str) and "score" in r
                 and all(type(n) in (int, float) and 0 <= n <= 100 for n in numbers)):
-            raise ValueError(f"{path}, record {i}: not what a judge's file holds (id, key, score 0 to 100); repair or remove the file")
+            raise ValueError(f"{path}, record {i}: not a judge's (id, key, score 0 to 100); repair or remove the file")
     return records
 
 
@@ -848,19 +847,12 @@ def add_judges(run: Run) -> None:
 
 
 def compare_runs(first: Run, second: Run) -> dict:
-    """{metric: {n, difference, interval}}, second minus first, paired over the examples that both have; of a judge's
-    score also the difference to be expected at equal length.
-    """
+    """{metric: {n, difference, interval}}, second minus first, paired over the examples that both have."""
     result = {}
     for metric in (m for m in first.values if m in second.values):
         a, b = first.values[metric], second.values[metric]
-        common = [k for k in a if k in b]
-        differences = [b[k] - a[k] for k in common]
-        result[metric] = {"n": len(common), "difference": statistics.fmean(differences) if common else None,
-                          "interval": bootstrap_interval(differences)}
-        if metric.startswith("judge-") and common:
-            longer = [second.values["length"][k] - first.values["length"][k] for k in common]
-            result[metric]["at_equal_length"] = value_at(differences, longer, 0)
+        differences = [b[k] - a[k] for k in a if k in b]
+        result[metric] = {"n": len(differences), "difference": mean(differences), "interval": bootstrap_interval(differences)}
     return result
 
 
@@ -932,29 +924,30 @@ def score_rows(names: list[str], reports: list[dict]) -> list[list[str]]:
     return rows
 
 
-def show(runs: list[Run], markdown: bool) -> None:
+def report_text(runs: list[Run], markdown: bool) -> str:
     """The tables, and what must be said beside them."""
-    print(table(score_rows([str(run.folder) for run in runs], [run.report for run in runs]), markdown))
+    parts = [table(score_rows([str(run.folder) for run in runs], [run.report for run in runs]), markdown)]
     for run in runs:
         for name, compared in run.report["compared"].items():
-            rows = [[f"{run.folder} minus {name}", "difference", "at equal length", "common answers"]]
-            rows += [[metric.removesuffix(".jsonl"), number(c["difference"], 1, 3, c["interval"]),
-                      number(c.get("at_equal_length"), 1, 3), str(c["n"])] for metric, c in compared.items() if metric != "pairwise"]
-            print("\n" + table(rows, markdown))
+            rows = [[f"{run.folder} minus {name}", "difference", "common answers"]]
+            rows += [[metric.removesuffix(".jsonl"), number(c["difference"], 1, 3, c["interval"]), str(c["n"])]
+                     for metric, c in compared.items() if metric != "pairwise"]
+            parts.append(table(rows, markdown))
             if p := compared.get("pairwise"):
-                cells = {key: number(p.get(key), 100) for key in p if key not in ("n", "n_judged", "interval")}
                 rows = [[f"pairwise, {run.folder} against {name}", f"{p['n_judged']} of {p['n']} judged"]]
-                print("\n" + table(rows + [[f"{key.replace('_', ' ')}, %", cell] for key, cell in cells.items()], markdown))
+                rows += [[f"{key.replace('_', ' ')}, %", number(p[key], 100)] for key in p if key not in ("n", "n_judged", "interval")]
+                parts.append(table(rows, markdown))
         for a in run.report["agreement"]:
-            print(f"\n{run.folder}: {' and '.join(a['judges'])} on {a['n']} common answers: Pearson {number(a['pearson'], 1, 3)}, "
-                  f"Spearman {number(a['spearman'], 1, 3)}, Kendall tau-b {number(a['kendall_tau_b'], 1, 3)}")
+            parts.append(f"{run.folder}: {' and '.join(a['judges'])} on {a['n']} common answers: Pearson {number(a['pearson'], 1, 3)}, "
+                         f"Spearman {number(a['spearman'], 1, 3)}, Kendall tau-b {number(a['kendall_tau_b'], 1, 3)}")
         if run.report["forgetting"] is None:
-            print(f"\n{run.folder}: forgetting is not measured; --text FILE measures it on a plain text")
+            parts.append(f"{run.folder}: forgetting is not measured; --text FILE measures it on a plain text")
         for name, judge in run.report["judges"].items():
             bad = [f"{kind} {number(c['mean'])} (must be {CANARIES[kind][0]} to {CANARIES[kind][1]})"
                    for kind, c in judge["canaries"].items() if not c["ok"]]
             if bad:
-                print(f"\nWARNING {run.folder / name}: this judge is unfit, its scores mean little: canary {', '.join(bad)}")
+                parts.append(f"WARNING {run.folder / name}: this judge is unfit, its scores mean little: canary {', '.join(bad)}")
+    return "\n\n".join(parts)
 
 
 # ---------------------------------------------------------------- command line
@@ -1054,52 +1047,72 @@ def load_model(model: str, device: str):
 
 
 def run_info(folder: Path) -> dict:
-    """What run.json must say for a run to be evaluated."""
+    """What run.json says that evaluating the run needs."""
     from gpt import read_json
 
-    info = read_json(folder / "run.json")
+    info, kinds = read_json(folder / "run.json"), {"response": str | None, "max_new_tokens": int}
     try:
-        flags = info["flags"]
+        flags, data = info["flags"], info["data"]
         found = {"template": flags["template"], "model": flags["model"], "instruction": flags.get("instruction", "short"),
-                 "response": flags.get("response"), "data": info["data"]["path"], "sha256": info["data"]["sha256"],
+                 "response": flags.get("response"), "data": data["path"], "sha256": data["sha256"],
                  "max_new_tokens": info["train"].get("max_new_tokens", 256)}
+        for key, value in found.items():
+            if not isinstance(value, kinds.get(key, str)):
+                raise TypeError(f"{key} is {value!r}")
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder / 'run.json'}: not what finetune.py writes ({error}{' is missing' * isinstance(error, KeyError)})") from None
-    for key, value in found.items():
-        good = type(value) is int if key == "max_new_tokens" else isinstance(value, str) or key == "response" and value is None
-        if not good:
-            raise ValueError(f"{folder / 'run.json'}: not what finetune.py writes ({key} is {value!r})")
+        missing = " is missing" * isinstance(error, KeyError)
+        raise ValueError(f"{folder / 'run.json'}: not what finetune.py writes ({error}{missing})") from None
     return found | {"data": Path(found["data"])}
 
 
 def progress(what: str) -> Callable | None:
     """A line on the terminal that counts; nothing in a log."""
-    if not sys.stderr.isatty():
+    if not (sys.stderr and sys.stderr.isatty()) or os.environ.get("TERM") == "dumb":
         return None
     return lambda done, n: print(f"\r{what} {done}/{n}", end="\n" if done == n else "", file=sys.stderr, flush=True)
+
+
+def asked_records(folder: Path, info: dict) -> list[dict]:
+    """The test records, with instruction and response as the run asked and answered them."""
+    from data import load_examples, reshape_example, split_examples
+    from finetune import sha256
+
+    examples = split_examples(load_examples(info["data"]))[2]
+    if sha256(info["data"]) != info["sha256"]:
+        raise ValueError(f"{info['data']} has changed since {folder} was trained on it: put the old file back, or train anew")
+    if not examples:
+        raise ValueError(f"{info['data']} leaves no test records: at least 10 records are needed")
+    if info["instruction"] != "adaptive":
+        return [reshape_example(e, info["instruction"], info["response"]) for e in examples]
+    path = folder / "responses.jsonl"  # adaptive instructions were chosen while finetuning
+    asked = [r["instruction"] for r in read_records(path)]
+    if len(asked) != len(examples):
+        raise ValueError(f"{path} is not complete, and only finetune.py chooses adaptive instructions: train again")
+    return [reshape_example(e, response=info["response"]) | {"instruction": i} for e, i in zip(examples, asked)]
+
+
+def measure_forgetting(base: str, model, tokenizer, file: Path, device: str) -> dict:
+    """NLL of a plain text under the model minus that under its base, nats per token."""
+    try:
+        ids = tokenizer.encode_ordinary(file.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise ValueError(f"{file} is not a text in UTF-8") from None
+    try:
+        before, after = (text_nll(m, ids, m.config.block_size) for m in (load_model(base, device)[0], model))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    return {"forgetting": after - before, "text_nll": {"before": before, "after": after, "file": str(file)}}
 
 
 def model_scores(folder: Path, text: Path | None, device: str) -> tuple[list[dict], dict]:
     """(responses, scores) that need the model: answers to the test records where they are missing, the NLL of the
     reference responses, forgetting.
     """
-    from data import encode_examples, format_prompt, load_examples, reshape_example, split_examples
-    from finetune import sha256
+    from data import encode_examples, format_prompt
     from gpt import generate
 
     info = run_info(folder)
-    examples = split_examples(load_examples(info["data"]))[2]
-    if sha256(info["data"]) != info["sha256"]:
-        raise ValueError(f"{info['data']} has changed since {folder} was trained on it: put the old file back, or train anew")
-    if not examples:
-        raise ValueError(f"{info['data']} leaves no test records: at least 10 records are needed")
-    if info["instruction"] == "adaptive":  # finetune.py chose the instructions when it asked
-        asked = [r["instruction"] for r in read_records(folder / "responses.jsonl")]
-        if len(asked) != len(examples):
-            raise ValueError(f"{folder / 'responses.jsonl'} is not complete, and adaptive instructions are chosen while finetuning: train again")
-        examples = [reshape_example(e, response=info["response"]) | {"instruction": i} for e, i in zip(examples, asked)]
-    else:
-        examples = [reshape_example(e, info["instruction"], info["response"]) for e in examples]
+    examples = asked_records(folder, info)
     model, tokenizer = load_model(str(folder), device)
     prompts = [tokenizer.encode_ordinary(format_prompt(example, info["template"])) for example in examples]
     responses = generate_responses(model, tokenizer, examples, prompts, generate, path=folder / "responses.jsonl",
@@ -1112,28 +1125,18 @@ def model_scores(folder: Path, text: Path | None, device: str) -> tuple[list[dic
     scores = {"response_nll": nats / tokens, "response_perplexity": math.exp(min(nats / tokens, 700))}
     if text is None and info["model"] == "tiny":
         text = Path(__file__).resolve().parent / "tiny" / "heldout.txt"
-    if text is None:
-        return responses, scores | {"forgetting": None, "text_nll": None}
-    try:
-        ids = tokenizer.encode_ordinary(text.read_text(encoding="utf-8"))
-    except UnicodeDecodeError:
-        raise ValueError(f"{text} is not a text in UTF-8") from None
-    if len(ids) < 2:
-        raise ValueError(f"{text} has {len(ids)} tokens, which leaves none to predict: at least 2 are needed")
-    before, after = (text_nll(m, ids, m.config.block_size) for m in (load_model(info["model"], device)[0], model))
-    return responses, scores | {"forgetting": after - before, "text_nll": {"before": before, "after": after, "file": str(text)}}
+    return responses, scores | (measure_forgetting(info["model"], model, tokenizer, text, device) if text else {})
 
 
 def score_run(folder: Path, text: Path | None, device: str) -> Run:
     """Answer what is not yet answered and score it without a judge; in a folder with nothing but responses.jsonl, the
     texts alone are scored.
     """
-    path = folder / "responses.jsonl"
+    path, scores = folder / "responses.jsonl", {}
     if (folder / "run.json").exists():
         responses, scores = model_scores(folder, text, device)
     else:
         responses = [{**r, "id": i} for i, r in enumerate(read_records(path))]
-        scores = dict.fromkeys(("response_nll", "response_perplexity", "forgetting", "text_nll"))
     if not responses:
         raise FileNotFoundError(f"{folder} is not a run folder: it has neither run.json nor responses.jsonl")
     for i, r in enumerate(responses, 1):
@@ -1142,9 +1145,10 @@ def score_run(folder: Path, text: Path | None, device: str) -> Run:
         if not isinstance(r.get("ended", True), bool) or not isinstance(r.get("input") or "", str):
             raise ValueError(f"{path}, record {i}: ended must be true or false, input a text")
     values = answer_scores(responses)
-    report = {"n": len(responses)} | {metric: statistics.fmean(of.values()) for metric, of in values.items()}
+    report = {"n": len(responses)} | {metric: mean(of.values()) for metric, of in values.items()}
     report |= {"exact_match_interval": bootstrap_interval(list(values["exact_match"].values())),
-               "reference_length": statistics.fmean(n_words(r["output"]) for r in responses), **scores,
+               "reference_length": mean([n_words(r["output"]) for r in responses]),
+               **dict.fromkeys(("response_nll", "response_perplexity", "forgetting", "text_nll")), **scores,
                "by_task": group_means(responses, values, "task"), "by_level": group_means(responses, values, "level"),
                "judges": {}, "agreement": [], "compared": {}}
     return Run(folder, responses, values, report)
@@ -1170,7 +1174,16 @@ def judge_pairs(first: Run, second: Run, judge: Judge) -> dict:
     return pairwise_report(records, [n_words(b["model_response"]) - n_words(a["model_response"]) for a, b in pairs])
 
 
-def evaluate(args) -> int:
+def say(text: str) -> None:
+    """Print at once; an OSError names the standard output, to which nothing is written any more."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        sys.stdout = open(os.devnull, "w")  # Python flushes once more at its end
+        raise type(error)(error.errno, error.strerror, "standard output") from None
+
+
+def evaluate(args) -> None:
     """Score, judge, compare, print. Each scores.json is written before a judge is asked, and again with what it said."""
     from gpt import write_json
 
@@ -1186,46 +1199,44 @@ def evaluate(args) -> int:
             pairwise = {"pairwise": judge_pairs(runs[0], run, judge)} if args.pairwise else {}
             run.report["compared"][str(runs[0].folder)] = compare_runs(runs[0], run) | pairwise
         write_json(run.folder / "scores.json", run.report)
-    show(runs, args.markdown)
+    say(report_text(runs, args.markdown))
     for run in runs if judge else []:
         name = f"judge-{judge_slug(args.judge)}.jsonl"
         if not run.report["judges"][name]["n_scored"]:
             raise JudgeError(f"{args.judge} gave no score that can be read; its replies are in {run.folder / name}")
-    return 0
 
 
-def ask(folder: Path, text: str, device: str) -> int:
+def ask(folder: Path, text: str, device: str) -> None:
     """Answer one instruction, or each line typed (or piped in) until the end of input."""
     from data import format_prompt
     from gpt import generate
 
     template = run_info(folder)["template"]
     model, tokenizer = load_model(str(folder), device)
-    while True:
-        try:
-            instruction = text or input("> " if sys.stdin.isatty() else "")
-        except EOFError:
-            return 0
+    for instruction in [text] if text else typed_lines():
         prompt = tokenizer.encode_ordinary(format_prompt({"instruction": instruction, "input": ""}, template))
         ids = generate(model, [prompt], model.config.block_size, eos_id=tokenizer.eot_token)[0]
-        print(tokenizer.decode([t for t in ids if t < tokenizer.n_vocab]).strip(), flush=True)
-        if text:
-            return 0
+        say(tokenizer.decode([t for t in ids if t < tokenizer.n_vocab]).strip())
+
+
+def typed_lines():
+    """The lines of the standard input; on a terminal, asked for."""
+    try:
+        while True:
+            yield input("> " if sys.stdin.isatty() else "")
+    except EOFError:
+        return
 
 
 def main(argv=None) -> int:
     """Run the command line; what goes wrong outside ends in one line on stderr."""
     args = parse_args(argv)
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # closed (>&-)
-    sys.stdout.reconfigure(errors="backslashreplace")
     from finetune import UsageError, is_out_of_memory
 
     try:
-        code = evaluate(args) if args.ask is None else ask(args.runs[0], args.ask, args.device)
-        sys.stdout.flush()
-        return code
+        evaluate(args) if args.ask is None else ask(args.runs[0], args.ask, args.device)
+        return 0
     except BrokenPipeError:  # the reader has gone (`| head`); scores.json holds everything
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
         print("\ninterrupted: what is answered and judged is kept; the same command goes on from there", file=sys.stderr)
@@ -1238,4 +1249,6 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
+    if sys.stdout:  # None when closed (>&-)
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(main())
