@@ -101,7 +101,7 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, store=None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None, store=None, wanted: Tensor | None = None) -> Tensor:
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)  # 3 x (B, T, C)
         q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
@@ -109,7 +109,8 @@ class CausalSelfAttention(nn.Module):
             k, v = store(k, v)  # (B, H, S, D): the S - T earlier tokens too
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return self.resid_dropout(self.c_proj(y if wanted is None else y.flatten(0, 1)[wanted]))  # (B, T, C) or (N, C)
 
 
 class MLP(nn.Module):
@@ -135,9 +136,15 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, store=None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), mask, store)
+    def forward(self, x: Tensor, mask: Tensor | None = None, store=None, wanted: Tensor | None = None) -> Tensor:
+        y = self.attn(self.ln_1(x), mask, store, wanted)
+        x = y + (x if wanted is None else x.flatten(0, 1)[wanted])  # (B, T, C), or the N wanted positions (N, C)
         return x + self.mlp(self.ln_2(x))
+
+
+def run_block(block: Block, x: Tensor, wanted: Tensor | None) -> Tensor:
+    """A block without a cache."""
+    return block(x, wanted=wanted)
 
 
 class GPT(nn.Module):
@@ -146,6 +153,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
+        self.run_block = run_block  # can be replaced, by its compiled form or one that recomputes activations
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
@@ -166,11 +174,15 @@ class GPT(nn.Module):
                 std = 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 0.02
                 nn.init.normal_(p, std=std)
 
-    def features(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+    def features(self, idx: Tensor, cache: KVCache | None = None, wanted: Tensor | None = None,
+                 hidden: Tensor | None = None, first: int = 0) -> Tensor:
         """
         Hidden states after the last LayerNorm: (B, T) int64 -> (B, T, C). The head can then be applied
         only where logits are wanted: `model.lm_head(hidden[rows, columns])`.
         With a cache, idx continues each row at position cache.length[row], and the cache is extended.
+        `wanted` (N,) are indices into the B * T positions: only these come back, (N, C), and only for these
+        does the last block compute more than attention. `hidden` (B, T, C) is what enters block `first`, if it
+        is known already (see `hidden_states`). Neither goes with adapters that differ by row.
         Raises ValueError where a position would lie beyond block_size (or the cache's max_length).
         """
         B, T = idx.shape
@@ -184,15 +196,26 @@ class GPT(nn.Module):
                 mask = (torch.arange(end, device=idx.device) <= positions[..., None])[:, None]  # (B, 1, T, end)
         if end > limit:
             raise ValueError(f"{end} positions do not fit into {limit}: positions are absolute, nothing slides")
-        x = self.drop(self.wte(idx) + self.wpe(positions))  # (B, T, C)
-        for layer, block in enumerate(self.h):
-            store = None
-            if cache is not None:
+        x = self.drop(self.wte(idx) + self.wpe(positions)) if hidden is None else hidden  # (B, T, C)
+        for layer, block in enumerate(self.h[first:], first):
+            rows = wanted if layer == self.config.n_layer - 1 else None
+            if cache is None:
+                x = self.run_block(block, x, rows)
+            else:
                 store = lambda k, v, layer=layer: cache.append(layer, k, v, positions, end)
-            x = block(x, mask, store)
+                x = block(x, mask, store, rows)
         if cache is not None:
             cache.length = positions[:, -1] + 1
+        if wanted is not None and first == self.config.n_layer:  # no block was left to choose them
+            x = x.flatten(0, 1)[wanted]
         return self.ln_f(x)
+
+    def hidden_states(self, idx: Tensor, layer: int) -> Tensor:
+        """What enters block `layer`: (B, T) int64 -> (B, T, C). Where all below is frozen, once is enough."""
+        x = self.drop(self.wte(idx) + self.wpe(torch.arange(idx.shape[1], device=idx.device)))
+        for block in self.h[:layer]:
+            x = self.run_block(block, x, None)
+        return x
 
     def forward(self, idx: Tensor) -> Tensor:
         """(B, T) int64 -> logits (B, T, V)."""
