@@ -38,18 +38,12 @@ from torch.nn import functional as F
 TERMS = ("all, none, last_block, last_two_blocks, last:K, first:K, blocks:0-3,7, last_layer, head, "
          "embeddings, norms, biases, lora, rgn:K, spectrum:K, random:K, gradual:K, lisa:K@N, hybrid:SHARE, "
          "or a name pattern with *")
-BLOCK_TERM = re.compile("(last|first|blocks|random|rgn|spectrum|gradual|lisa):")
-DYNAMIC = re.compile("(gradual|lisa):")
-BLOCK = re.compile(r"(?:^|\.)h\.(\d+)\.")
-ADAPTER = re.compile(r"(?:^|\.)lora_")
-KINDS = {
-    "embeddings": re.compile(r"(?:^|\.)wte\.|(?:^|\.)wpe\."),
-    "head": re.compile(r"(?:^|\.)lm_head\."),
-    "last_layer": re.compile(r"(?:^|\.)lm_head\."),
-    "norms": re.compile(r"(?:^|\.)ln_\w+\."),
-    "biases": re.compile(r"(?:^|\.)bias$"),
-}
-FINAL_NORM = re.compile(r"(?:^|\.)ln_f\.")
+OF_BLOCKS = ("last:", "first:", "blocks:", "random:", "rgn:", "spectrum:", "gradual:", "lisa:")
+DYNAMIC = ("gradual:", "lisa:")
+BLOCK = re.compile(r"\bh\.(\d+)\.")
+ADAPTER = re.compile(r"\blora_")
+KINDS = {"embeddings": r"\b(wte|wpe)\.", "head": r"\blm_head\.", "last_layer": r"\blm_head\.",
+         "norms": r"\bln_\w+\.", "biases": r"\bbias$"}
 
 
 class FreezeError(RuntimeError):
@@ -61,6 +55,11 @@ def refuse(wrong, what: str) -> None:
     if names := sorted(wrong):
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         raise FreezeError(f"{what}: {', '.join(names[:5])}{more}")
+
+
+def bad_policy(why: str) -> ValueError:
+    """To be raised where the policy, not the model, is wrong."""
+    return ValueError(f"freeze policy: {why}")
 
 
 # ------------------------------------------------------------------------------- from policy to names
@@ -77,24 +76,28 @@ def parse_policy(policy: str) -> list[tuple[bool, str]]:
     return terms
 
 
-def chosen_blocks(term: str, n_layer: int, seed: int = 0, when=None, scores=None) -> set[int]:
+def listed_blocks(term: str, n_layer: int) -> set[int]:
+    """The blocks of a term such as blocks:0-3,7."""
+    ranges = [re.fullmatch(r"(\d+)(?:-(\d+))?", part) for part in term.removeprefix("blocks:").split(",")]
+    ranges = [range(int(m[1]), int(m[2] or m[1]) + 1) if m else () for m in ranges]
+    if not all(ranges):
+        raise bad_policy(f"{term!r} is not a list of blocks such as blocks:0-3,7")
+    if max(blocks.stop for blocks in ranges) > n_layer:
+        raise bad_policy(f"{term!r}, but the model's {n_layer} blocks are 0 to {n_layer - 1}")
+    return set().union(*ranges)
+
+
+def chosen_blocks(term: str, n_layer: int, seed: int = 0, when=None) -> set[int]:
     """The blocks that a term names in a model of `n_layer`. For gradual:K and lisa:K@N those that train at
-    when = (epochs, steps) done, or if that is None at any time; rgn:K and spectrum:K take the K highest of
-    scores(), one for each block. What is drawn depends on `seed` and `when` alone."""
+    when = (epochs, steps) done, or if that is None at any time. What is drawn depends on `seed` and `when` alone."""
     word, _, argument = term.partition(":")
     if word == "blocks":
-        ranges = [re.fullmatch(r"(\d+)(?:-(\d+))?", part) for part in argument.split(",")]
-        ranges = [(int(m[1]), int(m[2] or m[1])) if m else (1, 0) for m in ranges]
-        if any(low > high for low, high in ranges):
-            raise ValueError(f"freeze policy: {term!r} is not a list of blocks such as blocks:0-3,7")
-        if max(high for _, high in ranges) >= n_layer:
-            raise ValueError(f"freeze policy: {term!r}, but the model's {n_layer} blocks are 0 to {n_layer - 1}")
-        return {i for low, high in ranges for i in range(low, high + 1)}
+        return listed_blocks(term, n_layer)
     count, at, period = argument.partition("@")
     if not re.fullmatch(r"\d+", count) or not 1 <= int(count) <= n_layer:
-        raise ValueError(f"freeze policy: {term!r} needs a number of blocks from 1 to the model's {n_layer}")
+        raise bad_policy(f"{term!r} needs a number of blocks from 1 to the model's {n_layer}")
     if bool(at) != (word == "lisa") or (at and not re.fullmatch(r"0*[1-9]\d*", period)):
-        raise ValueError(f"freeze policy: {term!r} is not of the form {word}:K{'@N' * (word == 'lisa')}")
+        raise bad_policy(f"{term!r} is not of the form {word}:K{'@N' * (word == 'lisa')}")
     k, every = int(count), range(n_layer)
     if word == "random":
         return set(random.Random(f"random {seed}").sample(every, k))
@@ -102,9 +105,6 @@ def chosen_blocks(term: str, n_layer: int, seed: int = 0, when=None, scores=None
         return set(random.Random(f"lisa {seed} {when[1] // int(period)}").sample(every, k) if when else every)
     if word == "gradual":
         return set(every[-min(n_layer, k + when[0]):] if when else every)
-    if scores:
-        values = scores()
-        return set(sorted(every, key=lambda i: -values[i])[:k])
     return set(every[:k] if word == "first" else every[-k:])
 
 
@@ -118,14 +118,12 @@ def by_block(names) -> list[list[str]]:
     return blocks
 
 
-def matching(model: nn.Module, term: str, names: list[str], batches=None, seed: int = 0, scores=None) -> set[str]:
-    """Those of `names` that one term matches at any time. Adapters are matched by `all`, `lora`, `hybrid`
-    and patterns alone, so that `lora,last_block` is every adapter and the last block's own weights. The
-    final norm goes with every choice of blocks but first:K, blocks: and lisa:K@N. The scores of its blocks, by
-    which rgn:K or spectrum:K chooses, are put into the dict `scores` under the term."""
+def matching(model: nn.Module, term: str, names: list[str], batches, seed: int, scores: dict) -> set[str]:
+    """Those of `names` that one term matches at any time. Adapters are matched by `all`, `lora`, `hybrid` and
+    patterns alone, so that `lora,last_block` is every adapter and the last block's own weights. The final norm
+    goes with every choice of blocks but first:K, blocks: and lisa:K@N. Scores of blocks are put into `scores`."""
     base = [n for n in names if not ADAPTER.search(n)]
     term = {"last_block": "last:1", "last_two_blocks": "last:2"}.get(term, term)
-    word, _, argument = term.partition(":")
     if "*" in term:
         found = {n for n in names if fnmatchcase(n, term)}
     elif term == "all":
@@ -133,26 +131,29 @@ def matching(model: nn.Module, term: str, names: list[str], batches=None, seed: 
     elif term == "lora":
         found = set(names) - set(base)
     elif term in KINDS:
-        found = {n for n in base if KINDS[term].search(n)}
+        found = {n for n in base if re.search(KINDS[term], n)}
         if term == "norms":  # by GPT-2's names or by type
             module_of = lambda name: model.get_submodule(name.rpartition(".")[0])
             found |= {n for n in base if isinstance(module_of(n), (nn.LayerNorm, nn.RMSNorm))}
-    elif BLOCK_TERM.match(term):
-        blocks, kept = by_block(names), {} if scores is None else scores
-        score = {"rgn": lambda: kept.setdefault(term, relative_gradient_norms(model, batches)),
-                 "spectrum": lambda: kept.setdefault(term, spectrum_ranks(model))}.get(word)
-        found = {n for i in chosen_blocks(term, len(blocks), seed, scores=score) for n in blocks[i]}
-        if word not in ("first", "blocks", "lisa"):
-            found |= {n for n in base if FINAL_NORM.search(n)}
-    elif word == "hybrid" and term != word:
-        found = hybrid(model, argument, batches)
+    elif term.startswith(OF_BLOCKS):
+        blocks = by_block(names)
+        chosen = chosen_blocks(term, len(blocks), seed)
+        if term.startswith(("rgn:", "spectrum:")):  # as many, but those of highest score
+            values = relative_gradient_norms(model, batches) if term.startswith("rgn:") else spectrum_ranks(model)
+            chosen = sorted(range(len(blocks)), key=lambda i: -values[i])[:len(chosen)]
+            scores[term] = values
+        found = {n for i in chosen for n in blocks[i]}
+        if not term.startswith(("first:", "blocks:", "lisa:")):
+            found |= {n for n in base if re.search(r"\bln_f\.", n)}
+    elif term.startswith("hybrid:"):
+        found = hybrid(model, term.removeprefix("hybrid:"), batches)
     else:
         hint = " (a parameter's name needs a *)" if term in names else ""
-        raise ValueError(f"freeze policy: unknown term {term!r}{hint}; known are {TERMS}")
+        raise bad_policy(f"unknown term {term!r}{hint}; known are {TERMS}")
     if not found:
-        there = sorted({BLOCK.sub(".h.*.", n).lstrip(".") for n in names})
+        there = sorted({BLOCK.sub("h.*.", n) for n in names})
         remedy = "add adapters with --lora-r" if term == "lora" else "there are " + ", ".join(there)
-        raise ValueError(f"freeze policy: {term!r} matches no parameter; {remedy}")
+        raise bad_policy(f"{term!r} matches no parameter; {remedy}")
     return found
 
 
@@ -160,14 +161,14 @@ def shared_memory(model: nn.Module) -> list[list[str]]:
     """Groups of parameter names over the same memory: one tensor with two names, or overlapping views."""
     extents = []
     for order, (name, p) in enumerate(model.named_parameters(remove_duplicate=False)):
-        start, size = p.data_ptr(), p.element_size()
-        size *= 1 + sum((n - 1) * stride for n, stride in zip(p.shape, p.stride()))
+        start, count = p.data_ptr(), 1 + sum((n - 1) * stride for n, stride in zip(p.shape, p.stride()))
+        end = start + count * p.element_size()
         if start == 0 or p.numel() == 0:  # on the meta device, or empty: only the object can be shared
-            start, size = id(p), 1
-        extents.append((str(p.device), start, order, start + size, name))
+            start, end = id(p), id(p) + 1
+        extents.append((str(p.device), start, order, end, name))
     groups, reach = [], ("", 0)
     for device, start, _, end, name in sorted(extents):
-        if (device, start) < reach and device == reach[0]:
+        if device == reach[0] and start < reach[1]:
             groups[-1].append(name)
             end = max(end, reach[1])
         else:
@@ -176,64 +177,56 @@ def shared_memory(model: nn.Module) -> list[list[str]]:
     return [group for group in groups if len(group) > 1]
 
 
-def match_terms(model: nn.Module, policy: str, batches=None, seed: int = 0, scores=None) -> list[tuple[bool, str, set[str]]]:
+def match_terms(model: nn.Module, policy: str, batches, seed: int, scores: dict) -> list[tuple[bool, str, set[str]]]:
     """(takes away?, term, names it matches at any time) in order; ValueError as in `resolve`."""
     named = dict(model.named_parameters(remove_duplicate=False))
     first = {id(p): name for name, p in reversed(named.items())}
     untie = "or give it memory of its own (a tied head: --untie-head)"
     terms, trainable = [], set()
     for i, (minus, term) in enumerate(parse_policy(policy)):
+        if term == "none" and (i or minus):
+            raise bad_policy(f"'none' in {policy!r} can only come first")
         if term == "none":
-            if i or minus:
-                raise ValueError(f"freeze policy: 'none' in {policy!r} can only come first")
             continue
         found = matching(model, term, list(named), batches, seed, scores)
         for name in sorted(found):
             if (listed := first[id(named[name])]) not in found:
-                raise ValueError(f"freeze policy: {term!r} is {name}, the same tensor as {listed}: "
-                                 f"name that one for both, {untie}")
+                raise bad_policy(f"{term!r} is {name}, the same tensor as {listed}: name that one for both, {untie}")
         found &= set(first.values())
         if minus and not found & trainable:
-            raise ValueError(f"freeze policy: -{term} in {policy!r} takes nothing away from what stands before "
-                             "it; to train all but something, begin with all")
-        if minus and DYNAMIC.match(term):
-            raise ValueError(f"freeze policy: -{term}: what changes as training goes on cannot be taken away")
+            raise bad_policy(f"-{term} in {policy!r} takes nothing away from what stands before it; "
+                             "to train all but something, begin with all")
+        if minus and term.startswith(DYNAMIC):
+            raise bad_policy(f"-{term}: what changes as training goes on cannot be taken away")
         terms.append((minus, term, found))
         trainable = trainable - found if minus else trainable | found
-    static = [t for t in terms if not DYNAMIC.match(t[1])]
+    static = [t for t in terms if not t[1].startswith(DYNAMIC)]
     if 0 < len(static) < len(terms) and combine(static) == trainable:
-        raise ValueError(f"freeze policy: {policy!r} never changes, for the other terms train all its blocks")
+        raise bad_policy(f"{policy!r} never changes, for the other terms train all its blocks")
     for group in shared_memory(model):
         if 0 < sum(first[id(named[name])] in trainable for name in group) < len(group):
-            raise ValueError(f"freeze policy: {policy!r} trains only a part of {', '.join(group)}, which share "
-                             f"memory: name all, {untie}")
+            raise bad_policy(f"{policy!r} trains only a part of {', '.join(group)}, which share memory: name all, {untie}")
     return terms
 
 
 def combine(terms: list[tuple[bool, str, set[str]]], n_layer: int = 0, seed: int = 0, when=None) -> set[str]:
-    """The names that matched terms train at when = (epochs, steps) done; if that is None, at any time.
-    ValueError if there are none."""
+    """The names that matched terms train at when = (epochs, steps) done, or if that is None at any time."""
     names = set()
     for minus, term, found in terms:
-        if when and DYNAMIC.match(term):
+        if when and term.startswith(DYNAMIC):
             blocks = chosen_blocks(term, n_layer, seed, when)
             found = {n for n in found if not (m := BLOCK.search(n)) or int(m[1]) in blocks}
         names = names - found if minus else names | found
     if not names:
-        raise ValueError("freeze policy: it trains nothing" + (f" after {when[1]} steps" if when else ""))
+        raise bad_policy("it trains nothing" + (f" after {when[1]} steps" if when else ""))
     return names
 
 
 def resolve(model: nn.Module, policy: str, *, batches=None, seed: int = 0) -> set[str]:
-    """Names, as in model.named_parameters(), that `policy` trains (at some time, if it is dynamic). Needs
-    no weights (meta device), unless it chooses by them.
-
-    Terms are taken from left to right. A tensor with several names goes by the first, which is the one
-    that named_parameters() lists: with a tied head `embeddings` trains the head too, and `head` is a
-    ValueError, as is a policy under which parameters over the same memory would differ. Also a
-    ValueError: an unknown term, one that matches nothing or takes nothing away, an empty result.
-    """
-    return combine(match_terms(model, policy, batches, seed))
+    """Names, as in model.named_parameters(), that `policy` trains (at some time, if it is dynamic); ValueError if
+    it is wrong. Needs no weights (meta device), unless it chooses by them. A tensor with several names goes by the
+    first, which named_parameters() lists: with a tied head `embeddings` trains the head too, `head` is an error."""
+    return combine(match_terms(model, policy, batches, seed, {}))
 
 
 # ------------------------------------------------------------------------------- choosing by the data
@@ -241,28 +234,24 @@ def resolve(model: nn.Module, policy: str, *, batches=None, seed: int = 0) -> se
 
 def batch_gradients(model: nn.Module, names: list[str], batches):
     """For each batch (inputs, targets), both (B, T), the gradients for `names` of the mean loss over targets
-    that are not -100, without dropout. Modes and flags of the model are put back afterwards."""
+    that are not -100, without dropout. The model's own flags, gradients and modes stay as they are."""
     if not batches:
-        raise ValueError("freeze policy: rgn:K and hybrid:SHARE choose by gradients and need batches of "
-                         "(inputs, targets), as finetune.py gives them")
-    modes, flags = [(m, m.training) for m in model.modules()], [(p, p.requires_grad) for p in model.parameters()]
-    named = dict(model.named_parameters())
-    model.eval().requires_grad_(False)
+        raise bad_policy("rgn:K and hybrid:SHARE choose by gradients and need batches of (inputs, targets), "
+                         "as finetune.py gives them")
+    leaves = {n: p.detach().requires_grad_(n in names) for n, p in model.named_parameters()}
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
     try:
-        for name in names:
-            named[name].requires_grad_(True)
         for i, (inputs, targets) in enumerate(batches):
-            device = named[names[0]].device
-            logits = model(inputs.to(device)).flatten(0, 1).float()  # (B * T, V)
-            loss = F.cross_entropy(logits, targets.to(device).flatten(), ignore_index=-100)
+            device = leaves[names[0]].device
+            logits = torch.func.functional_call(model, leaves, (inputs.to(device),))  # (B, T, V)
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.to(device).flatten(), ignore_index=-100)
             if not loss.isfinite():
-                raise ValueError(f"freeze policy: the loss of batch {i} is {loss.item()}: is there no target?")
-            yield torch.autograd.grad(loss, [named[name] for name in names])
+                raise bad_policy(f"the loss of batch {i} is {loss.item()}: is there no target?")
+            yield torch.autograd.grad(loss, [leaves[name] for name in names])
     finally:
         for module, mode in modes:
             module.training = mode
-        for p, flag in flags:
-            p.requires_grad_(flag)
 
 
 def relative_gradient_norms(model: nn.Module, batches) -> list[float]:
@@ -296,7 +285,7 @@ def spectrum_ranks(model: nn.Module) -> list[float]:
     for block in by_block(named):
         for n in block:
             if not named[n].isfinite().all():
-                raise ValueError(f"freeze policy: spectrum:K ranks by the weights, and {n} holds NaN or inf")
+                raise bad_policy(f"spectrum:K ranks by the weights, and {n} holds NaN or inf")
         noise.append({BLOCK.sub("", n): signal_to_noise(named[n]) for n in block if named[n].dim() == 2})
     above = lambda kind, snr: sum(other[kind] < snr for other in noise)
     return [sum(above(kind, snr) for kind, snr in own.items()) / len(own) for own in noise]
@@ -305,21 +294,20 @@ def spectrum_ranks(model: nn.Module) -> list[float]:
 def rank_shortfalls(model: nn.Module, batches) -> dict[str, float]:
     """For each weight W with an adapter of rank r: rho |G| / |W|, where G is W's gradient, averaged over
     batches, and rho the share of |G|^2 that no matrix of rank r can express."""
-    named = dict(model.named_parameters())
-    rank = {}
+    named, rank = dict(model.named_parameters()), {}
     for name, p in named.items():
         if match := re.fullmatch(r"(.*)\.lora_A\..*", name):
             weight = match[1] + ".weight"
             rank[weight] = max(rank.get(weight, 0), len(p))
     if not rank:
-        raise ValueError("freeze policy: hybrid:SHARE on a model without adapters; add them with --lora-r")
-    total = [torch.zeros_like(named[n], dtype=torch.float32) for n in rank]
+        raise bad_policy("hybrid:SHARE on a model without adapters; add them with --lora-r")
+    mean = [torch.zeros_like(named[n], dtype=torch.float32) for n in rank]
     for gradients in batch_gradients(model, list(rank), batches):
-        for sum_, gradient in zip(total, gradients):
-            sum_ += gradient
+        for sum_, gradient in zip(mean, gradients):
+            sum_ += gradient / len(batches)
     scores = {}
-    for (name, r), gradient in zip(rank.items(), total):
-        s = torch.linalg.svdvals(gradient / len(batches))
+    for (name, r), gradient in zip(rank.items(), mean):
+        s = torch.linalg.svdvals(gradient)
         rho = (s[r:].square().sum() / s.square().sum().clamp(min=1e-38)).item()
         scores[name] = rho * s.norm().item() / max(named[name].detach().float().norm().item(), 1e-38)
     return scores
@@ -329,7 +317,7 @@ def hybrid(model: nn.Module, share: str, batches) -> set[str]:
     """The adapted weights of largest `rank_shortfalls`, as many as fit into `share` of the model's parameters
     (one that does not fit is passed over), and the adapters of all the others."""
     if not re.fullmatch(r"\d*\.?\d+", share) or not 0 < float(share) <= 1:
-        raise ValueError(f"freeze policy: 'hybrid:{share}' needs a share above 0, at most 1, such as hybrid:0.1")
+        raise bad_policy(f"'hybrid:{share}' needs a share above 0, at most 1, such as hybrid:0.1")
     scores = rank_shortfalls(model, batches)
     numel = {n: p.numel() for n, p in model.named_parameters()}
     room = float(share) * sum(size for n, size in numel.items() if not ADAPTER.search(n))
@@ -339,8 +327,8 @@ def hybrid(model: nn.Module, share: str, batches) -> set[str]:
             room -= numel[name]
             full.add(name)
     if not full:
-        raise ValueError(f"freeze policy: no adapted matrix fits into hybrid:{share} of the parameters")
-    return full | {n for n in numel if ADAPTER.search(n) and ADAPTER.split(n)[0] + ".weight" not in full}
+        raise bad_policy(f"no adapted matrix fits into hybrid:{share} of the parameters")
+    return full | {n for n in numel if ADAPTER.search(n) and ADAPTER.split(n)[0] + "weight" not in full}
 
 
 # ----------------------------------------------------------------------------------------- the proof
@@ -361,13 +349,16 @@ def digests(named: dict[str, Tensor]) -> dict[str, str]:
         return dict(zip(named, pool.map(digest, named.values())))
 
 
-def freeze(model: nn.Module, policy: str, *, batches=None, seed: int = 0) -> "Plan":
-    """Set requires_grad to what `policy` says and nothing else, clear gradients, and record the proof.
+def drops(module: nn.Module) -> bool:
+    """Whether a module has dropout: nn.Dropout, or attention with a rate in its attribute `dropout`."""
+    rate = module.p if isinstance(module, nn.Dropout) else getattr(module, "dropout", 0.0)
+    return isinstance(rate, float) and rate > 0
 
-    Call it when the model is complete: adapters added, weights loaded, on its device. A policy that is
-    wrong is a ValueError. `batches`, a list of (inputs, targets) as in `batch_gradients`, are for rgn:K and
-    hybrid:SHARE; `seed` is for random:K and lisa:K@N.
-    """
+
+def freeze(model: nn.Module, policy: str, *, batches=None, seed: int = 0) -> "Plan":
+    """Set requires_grad to what `policy` says and nothing else, clear gradients, and record the proof. Call it when
+    the model is complete: adapters added, weights loaded, on its device. A policy that is wrong is a ValueError.
+    `batches`, as in `batch_gradients`, are for rgn:K and hybrid:SHARE; `seed` is for random:K and lisa:K@N."""
     scores = {}
     return Plan(model, policy, match_terms(model, policy, batches, seed, scores), seed, scores)
 
@@ -383,24 +374,22 @@ class Plan:
 
     def __init__(self, model: nn.Module, policy: str, terms: list[tuple[bool, str, set[str]]], seed: int, scores: dict):
         start = time.perf_counter()
-        self.policy, self.checks, self.scores = policy, {}, scores
+        self.policy, self.scores, self.checks = policy, scores, Counter()
         self.named = dict(model.named_parameters())
-        eligible = combine(terms)
-        self.eligible = sorted(eligible)
-        dynamic = [term for _, term, _ in terms if DYNAMIC.match(term)]
+        self.eligible = sorted(combine(terms))
+        dynamic = [term for _, term, _ in terms if term.startswith(DYNAMIC)]
         self._schedule = (terms, len(by_block(self.named)), seed) if dynamic else None
-        self._step, self._since = 0, {}  # steps done; those done when a parameter was last unfrozen
-        self._idle = set()  # trained for a while, frozen again, and not changed in between
-        self._switch(combine(*self._schedule, when=(0, 0)) if dynamic else eligible)
-        resolved = [(name, list(p.shape), name in eligible) for name, p in sorted(self.named.items())]
-        if dynamic:
-            resolved.append((*dynamic, seed))
+        self._switch(combine(*self._schedule, when=(0, 0)) if dynamic else set(self.eligible))
+        resolved = [(name, list(p.shape), name in self.eligible) for name, p in sorted(self.named.items())]
+        resolved += [(*dynamic, seed)] if dynamic else []
         self.fingerprint = hashlib.sha256(json.dumps(resolved).encode()).hexdigest()
         # Each name, a tied tensor's second one too, with the object and the address it stands for.
         self._objects = {n: (p, p.data_ptr()) for n, p in model.named_parameters(remove_duplicate=False)}
         self._shared = shared_memory(model)
         self._digests = digests(self.named)
         self._buffers = digests(dict(model.named_buffers()))
+        self._step, self._since = 0, {}  # steps done; those done when a parameter was last unfrozen
+        self._idle = set()  # trained for a while, frozen again, and not changed in between
         self._alive = set()  # trainables whose gradient was seen to be non-zero
         self.seconds = time.perf_counter() - start
 
@@ -410,29 +399,28 @@ class Plan:
         return [p for name, p in self.named.items() if name in eligible]
 
     def advance(self, epoch: int, step: int) -> bool:
-        """Call it before each step, with the epochs and optimizer steps done. Switch to the set that is due
-        (it depends on these and the seed alone); True if it changed: then call `drop_frozen_state` and
-        `set_modes`. What ceases to be frozen must not have changed; what is frozen again must have, which
-        `check_unchanged` asks later. A static policy never switches."""
+        """Before each step, with the epochs and optimizer steps done: switch to the set that is due (by these and
+        the seed alone). True if it changed: then call `drop_frozen_state` and `set_modes`. What ceases to be frozen
+        must not have changed; what is frozen again must have, which `check_unchanged` asks later."""
         self._step = step
-        due = set(self.trainable) if self._schedule is None else combine(*self._schedule, when=(epoch, step))
-        thawed, chilled = due - set(self.trainable), set(self.trainable) - due
-        if not thawed and not chilled:
+        due = combine(*self._schedule, when=(epoch, step)) if self._schedule else set(self.trainable)
+        thawed, switched = due - set(self.trainable), due ^ set(self.trainable)
+        if not switched:
             return False
         with self._passing("advance"):
-            now = digests({n: self.named[n] for n in sorted(thawed | chilled)})
-            refuse((n for n in thawed if now[n] != self._digests[n]), "frozen, but changed")
-            self._idle |= {n for n in chilled if now[n] == self._digests[n] and self._had_time(n, step)}
-            self._digests.update(now)
-            self._since.update(dict.fromkeys(thawed, step))
+            now = digests({n: self.named[n] for n in sorted(switched)})
+            same = {n for n in switched if now[n] == self._digests[n]}
+            refuse(thawed - same, "frozen, but changed")
+            self._idle |= {n for n in same - thawed if self._had_time(n, step)}
+            self._digests |= now
+            self._since |= dict.fromkeys(thawed, step)
             self._switch(due)
         return True
 
     def drop_frozen_state(self, optimizer: torch.optim.Optimizer) -> None:
         """Free the optimizer's state of what is frozen now; it starts anew when it trains again."""
-        kept = {id(self.named[n]) for n in self.trainable}
-        for p in [p for p in optimizer.state if id(p) not in kept]:
-            del optimizer.state[p]
+        for p in [self.named[n] for n in self.frozen]:
+            optimizer.state.pop(p, None)
 
     def set_modes(self, model: nn.Module) -> None:
         """After model.train(): wholly frozen parts back to eval, so that nothing drops out in them."""
@@ -454,9 +442,8 @@ class Plan:
             now, then = digests(dict(model.named_buffers())), self._buffers
             refuse((n for n in now | then if now.get(n) != then.get(n)), "buffers changed since freezing")
             if any(drops(module) for module in model.modules()):
-                refuse((name for name, module, rests in self._parts(model)
-                        if rests and any(m.training for m in module.modules())),
-                       "frozen, but in train mode (call plan.set_modes(model) after model.train())")
+                active = [n for n, part, rests in self._parts(model) if rests and any(m.training for m in part.modules())]
+                refuse(active, "frozen, but in train mode (call plan.set_modes(model) after model.train())")
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """The optimizer holds the eligible parameters, each once, and nothing else. Its state is for what
@@ -475,9 +462,9 @@ class Plan:
                 refuse([name_of(p)] * (size > bound), f"the optimizer's state is {size} bytes, expected <= {bound}")
 
     def check_gradients(self, model: nn.Module, step: int) -> None:
-        """After backward, `step` from 1. Frozen: no gradient, not even zeros, to which an optimizer would
-        still apply decay and momentum. Trained: a finite one, non-zero by step 2 (in step 1 LoRA's A
-        has none, for B is zero). Only whole tensors are asked: an embedding has unused rows."""
+        """After backward, `step` from 1. Frozen: no gradient, not even zeros, to which an optimizer would still
+        apply decay and momentum. Trained: a finite one, non-zero by step 2 (in step 1 LoRA's A has none, for B is
+        zero). Only whole tensors are asked: an embedding has unused rows."""
         with self._passing("check_gradients"):
             self._check_objects(model)
             refuse((n for n in self.frozen if self.named[n].grad is not None),
@@ -498,22 +485,21 @@ class Plan:
         with self._passing("check_unchanged"):
             self._check_objects(model)
             now = digests(self.named if trained else {n: self.named[n] for n in self.frozen})
-            refuse((n for n in self.frozen if now[n] != self._digests[n]), "frozen, but changed")
+            same = {n for n in now if now[n] == self._digests[n]}
+            refuse(set(self.frozen) - same, "frozen, but changed")
             if trained:
-                idle = {n for n in self.trainable if now[n] == self._digests[n] and self._had_time(n, self._step + 1)}
+                idle = {n for n in same & set(self.trainable) if self._had_time(n, self._step + 1)}
                 refuse(idle | self._idle, "should have trained, but did not change")
 
     @property
     def proof(self) -> dict:
-        """What a checkpoint keeps for `resume`: JSON-able, with the digest of each tensor from when it was
-        last frozen or unfrozen."""
-        return {"policy": self.policy, "fingerprint": self.fingerprint, "digests": dict(self._digests),
-                "trainable": list(self.trainable), "step": self._step, "since": dict(self._since),
-                "idle": sorted(self._idle)}
+        """For `resume`, JSON-able: the digest of each tensor is from when it was last frozen or unfrozen."""
+        return {"policy": self.policy, "fingerprint": self.fingerprint, "trainable": list(self.trainable),
+                "digests": dict(self._digests), "step": self._step, "since": dict(self._since), "idle": sorted(self._idle)}
 
     def resume(self, model: nn.Module, proof: dict) -> None:
-        """Go on with the `proof` of an interrupted run, whose weights `model` now has: the policy must be
-        the same, and what is frozen must be what that run began with."""
+        """Go on with the `proof` of an interrupted run, whose weights `model` now has: the policy must be the same,
+        and what is frozen must be what that run began with."""
         with self._passing("resume"):
             if proof["fingerprint"] != self.fingerprint:
                 raise FreezeError(f"the checkpoint trained {proof['policy']!r}, which on this model is not "
@@ -527,17 +513,16 @@ class Plan:
 
     def summary(self) -> str:
         """What trains, in parameters and bytes, and which tensors have two names."""
-        numel = {n: p.numel() for n, p in self.named.items()}
-        count, total = sum(numel[n] for n in self.trainable), sum(numel.values())
-        weights = sum(numel[n] * p.element_size() for n, p in self.named.items()) / 1e6
-        trained = sum(numel[n] * self.named[n].element_size() for n in self.trainable) / 1e6
-        lines = [f"{self.policy}: trains {count:,} of {total:,} parameters ({count / total:.2%}), "
-                 f"{len(self.trainable)} of {len(numel)} tensors",
+        count = lambda names: sum(self.named[n].numel() for n in names)
+        megabytes = lambda names: sum(self.named[n].numel() * self.named[n].element_size() for n in names) / 1e6
+        trains, total = count(self.trainable), count(self.named)
+        weights, trained = megabytes(self.named), megabytes(self.trainable)
+        lines = [f"{self.policy}: trains {trains:,} of {total:,} parameters ({trains / total:.2%}), "
+                 f"{len(self.trainable)} of {len(self.named)} tensors",
                  f"memory: weights {weights:,.1f} MB, gradients {trained:,.1f} MB, "
                  f"AdamW state {2 * trained:,.1f} MB (all: {weights:,.1f} and {2 * weights:,.1f})"]
         if self._schedule:
-            most = sum(numel[n] for n in self.eligible)
-            lines.append(f"dynamic: these figures are of now; {most:,} parameters train at some time")
+            lines.append(f"dynamic: these figures are of now; {count(self.eligible):,} parameters train at some time")
         for term, values in self.scores.items():
             lines.append(f"{term}: the blocks score " + ", ".join(f"{value:.3g}" for value in values))
         for group in self._shared:
@@ -562,7 +547,7 @@ class Plan:
         start = time.perf_counter()
         try:
             yield
-            self.checks[check] = self.checks.get(check, 0) + 1
+            self.checks[check] += 1
         finally:
             self.seconds += time.perf_counter() - start
 
@@ -578,19 +563,13 @@ class Plan:
         """(name, module, rests?) of each block, which rests if nothing in it trains, and of dropout outside
         the blocks: it drops the embeddings' output, and rests with them. So what lies below the lowest
         trainable parameter is a fixed function of its input."""
-        embeddings = any(KINDS["embeddings"].search(n) for n in self.trainable)
+        embeddings = any(re.search(KINDS["embeddings"], n) for n in self.trainable)
         for name, module in model.named_modules():
             block = BLOCK.search(name + ".")
             if block and block.end() > len(name):
                 yield name, module, not any(n.startswith(name + ".") for n in self.trainable)
             elif not block and isinstance(module, nn.Dropout):
                 yield name, module, not embeddings
-
-
-def drops(module: nn.Module) -> bool:
-    """Whether a module has dropout: nn.Dropout, or attention with a rate in its attribute `dropout`."""
-    rate = module.p if isinstance(module, nn.Dropout) else getattr(module, "dropout", 0.0)
-    return isinstance(rate, float) and rate > 0
 
 
 # ---------------------------------------------------------------------------------------- the script
@@ -631,6 +610,8 @@ def parse_args(argv=None):
 def main(argv=None) -> int:
     """Print what the policy does to the model; returns the exit code: 1 for the model, 2 for the policy."""
     args = parse_args(argv)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # closed (>&-)
+    sys.stdout.reconfigure(errors="backslashreplace")
     from gpt import GPT
     from lora import add_lora
 
@@ -645,13 +626,13 @@ def main(argv=None) -> int:
         if args.trainable is None:
             args.trainable = "all" if args.lora_r is None else "lora"
         plan = freeze(model, args.trainable)
+        code = 1
+        print(table(plan), plan.summary(), sep="\n\n", flush=True)
+    except BrokenPipeError:  # `| head` has seen enough; at exit Python would flush into it again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return code
-    try:
-        print(table(plan), plan.summary(), sep="\n\n", flush=True)
-    except BrokenPipeError:  # `| head` has seen enough: leave nothing to flush at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

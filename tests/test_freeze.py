@@ -1264,6 +1264,18 @@ def test_the_script_survives_a_reader_that_leaves(folder):
     assert (result.returncode, result.stderr) == (0, "")
 
 
+def test_the_script_meets_an_output_that_is_closed_full_or_ascii(folder, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert freeze_file.main(["--model", folder]) == 0
+    monkeypatch.setattr(sys, "stdout", open("/dev/full", "w"))
+    assert freeze_file.main(["--model", folder]) == 1
+    assert capsys.readouterr().err == "error: [Errno 28] No space left on device\n"
+    with open(tmp_path / "log", "w", encoding="ascii") as log:
+        monkeypatch.setattr(sys, "stdout", log)
+        assert freeze_file.main(["--model", folder, "--trainable", "[!☃]*"]) == 0
+    assert r"[!\u2603]*: trains" in (tmp_path / "log").read_text()
+
+
 @pytest.mark.parametrize("flags", [["--nonsense"], ["--lora-r", "many"], ["--lora-r", "193"], ["--lora-r", "0"], ["--trainable", "last\nblock"]])
 def test_a_wrong_flag_of_the_script_is_one_line_and_exit_code_2(capsys, flags):
     try:
