@@ -109,7 +109,7 @@ ANSWER_KEYS = ("id", "model_response", "ended", "error")  # of a record: the ans
 
 
 def generate_responses(model, tokenizer, examples: list[dict], prompts: list[list[int]], generate: Callable, *,
-                       max_new_tokens: int = 256, batch_size: int = 32, path: str | Path | None = None,
+                       max_new_tokens: int = 256, batch_size: int = 64, path: str | Path | None = None,
                        progress: Callable | None = None) -> list[dict]:
     """Answer each example greedily; returns the examples in order, each with three more keys:
     "id" (its index), "model_response" (text), "ended" (it produced the end token within its limit).

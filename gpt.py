@@ -78,17 +78,39 @@ class KVCache:
 
     def __init__(self, config: GPTConfig, batch_size: int, max_length: int, device=None, dtype=None):
         shape = (batch_size, config.n_head, max_length, config.n_embd // config.n_head)
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
-        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.values = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.length = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.max_length = max_length
 
     def append(self, layer: int, k: Tensor, v: Tensor, positions: Tensor, end: int):
         """Store k, v (B, H, T, D) at positions (B, T); return all keys and values up to `end`."""
         rows = torch.arange(len(positions), device=positions.device)[:, None]  # (B, 1)
-        self.keys[layer][rows, :, positions] = k.transpose(1, 2).to(self.keys[layer].dtype)
-        self.values[layer][rows, :, positions] = v.transpose(1, 2).to(self.values[layer].dtype)
+        for stored, new in ((self.keys[layer], k), (self.values[layer], v)):
+            stored[:, :, end - k.shape[2]:end] = 0  # shorter rows have nothing there, and a masked NaN is still a NaN
+            stored[rows, :, positions] = new.transpose(1, 2).to(stored.dtype)
         return self.keys[layer][:, :, :end].to(k.dtype), self.values[layer][:, :, :end].to(v.dtype)
+
+    def start(self, other: "KVCache") -> None:
+        """Let every row of this empty cache begin with the one row of another."""
+        n = int(other.length)
+        for stored, given in zip(self.keys + self.values, other.keys + other.values):
+            stored[:, :, :n] = given[:, :, :n]
+        self.length.fill_(n)
+
+    def keep(self, rows: list[int]) -> list[int]:
+        """Forget all rows but these (ascending): the last of them fill the gaps. Returns their new order."""
+        n, end = len(rows), int(self.length.max())
+        gaps = sorted(set(range(n)) - set(rows))
+        moved = rows[n - len(gaps):]
+        for tensors in (self.keys, self.values):
+            for layer, stored in enumerate(tensors):
+                stored[gaps, :, :end] = stored[moved, :, :end]
+                tensors[layer] = stored[:n]
+        moves = dict(zip(gaps, moved))
+        order = [moves.get(i, i) for i in range(n)]
+        self.length = self.length[order]
+        return order
 
 
 class CausalSelfAttention(nn.Module):
@@ -644,21 +666,22 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
 # generation
 
 
-def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator) -> Tensor:
+def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, u: Tensor | None) -> Tensor:
     """
     Next ids (B,) from logits (B, V): the largest at temperature 0, else a draw after keeping the top_k
     largest and then the smallest set whose probability reaches top_p (nucleus sampling, arXiv 1904.09751).
+    u: for a draw, one uniform number in [0, 1) for each row.
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    values, ids = logits.float().sort(dim=-1, descending=True, stable=True)  # (B, V)
-    if top_k is not None:
-        values, ids = values[:, :top_k], ids[:, :top_k]  # exactly k, also among equals
+    V = logits.shape[-1]
+    values, ids = logits.float().topk(min(top_k or V, V))  # (B, k), descending; exactly k, also among equals
     probs = F.softmax(values / temperature, dim=-1)
+    mass = probs.cumsum(dim=-1)
     if top_p is not None:
-        before = probs.cumsum(dim=-1) - probs  # mass of the better ones: zero for the first, which stays
-        probs = probs.masked_fill(before >= top_p, 0.0)
-    choice = torch.multinomial(probs, 1, generator=generator)  # (B, 1)
+        probs = probs.masked_fill(mass - probs >= top_p, 0.0)  # mass of the better ones: zero for the first, which stays
+        mass = probs.cumsum(dim=-1)
+    choice = torch.searchsorted(mass, (1 - u[:, None]) * mass[:, -1:])  # above 0 and up to all of it: never a zero probability
     return ids.gather(1, choice)[:, 0]
 
 
@@ -668,7 +691,8 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, *, eos_i
              seed: int | None = None) -> list[list[int]]:
     """
     Continue prompts of different lengths in one batch; returns only the new ids, without eos. A row ends at
-    eos_id, after max_new_tokens, or when prompt and answer fill block_size.
+    eos_id, after max_new_tokens, or when prompt and answer fill block_size, and costs nothing from then on.
+    What all prompts begin with (a template's preamble) is computed once.
     ValueError for an empty prompt, one that leaves no room for one id, an id outside the vocabulary, and
     sampling options that would have no effect.
     """
@@ -677,38 +701,49 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, *, eos_i
     if not prompts:
         return []
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    longest = int(lengths.max())
-    capacity = min(config.block_size, longest + max_new_tokens)
-    cache = KVCache(config, len(prompts), capacity, device, model.wte.weight.dtype)
-    room = (config.block_size - lengths).clamp(max=max_new_tokens)  # new ids that each row may have
-    # Padded on the right: a row's pad positions are overwritten by its own new tokens before they are seen.
-    idx = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=device)
-    rows = torch.arange(len(prompts), device=device)
-    new, n_new = [], torch.zeros_like(lengths)
-    done = torch.zeros_like(lengths, dtype=torch.bool)
+    room = [min(max_new_tokens, config.block_size - len(p)) for p in prompts]  # new ids that each row may have
+    longest = max(map(len, prompts))
+    new_cache = lambda rows, length: KVCache(config, rows, length, device, model.wte.weight.dtype)
+    cache = new_cache(len(prompts), min(config.block_size, longest + max_new_tokens))
+    rows, answers = list(range(len(prompts))), [[] for _ in prompts]  # rows: the prompt in each place of the batch
 
     modes = [(module, module.training) for module in model.modules()]
+    adapters = [(module, module.active) for module in model.modules() if isinstance(getattr(module, "active", None), list)]
     model.eval()
     try:
-        hidden = model.features(idx, cache)[rows, lengths - 1]  # (B, C): each row's last prompt token
-        cache.length = lengths.clone()
+        shared = os.path.commonprefix([p[:-1] for p in prompts]) if len(prompts) > 1 and not adapters else []
+        if shared:
+            prefix = new_cache(1, len(shared))
+            model.features(torch.tensor([shared], device=device), prefix)
+            cache.start(prefix)
+        # Padded on the right: a row's pad positions are overwritten by its own new tokens before they are seen.
+        idx = torch.tensor([p[len(shared):] + [0] * (longest - len(p)) for p in prompts], device=device)
+        lengths = torch.tensor([len(p) for p in prompts], device=device)
+        hidden = model.features(idx, cache)[rows, lengths - len(shared) - 1]  # (B, C): each row's last prompt token
+        cache.length = lengths
         while True:
-            ids = sample(model.lm_head(hidden), temperature, top_k, top_p, generator)
-            if eos_id is not None:
-                done |= ids == eos_id
-            new.append(ids)
-            n_new += ~done
-            done |= n_new >= room
-            if done.all():
-                break
-            cache.length = cache.length.clamp(max=capacity - 1)  # rows that are done have nowhere to go
+            # Drawn for every prompt, so that which rows are still in the batch changes nothing for the others.
+            u = torch.rand(len(prompts), generator=generator, device=device)[rows] if temperature else None
+            ids = sample(model.lm_head(hidden), temperature, top_k, top_p, u)  # (B,)
+            going = []
+            for place, (row, token) in enumerate(zip(rows, ids.tolist())):
+                if token != eos_id:
+                    answers[row].append(token)
+                    if len(answers[row]) < room[row]:
+                        going.append(place)
+            if not going:
+                return answers
+            if len(going) < len(rows):
+                order = cache.keep(going)
+                rows, ids = [rows[place] for place in order], ids[order]
+                for module, _ in adapters:  # one for each row, see lora.use_lora
+                    module.active = [module.active[place] for place in order]
             hidden = model.features(ids[:, None], cache)[:, -1]
     finally:
         for module, training in modes:
             module.training = training
-    columns = torch.stack(new, dim=1).tolist()
-    return [row[:n] for row, n in zip(columns, n_new.tolist())]
+        for module, active in adapters:
+            module.active = active
 
 
 def check_generation(config: GPTConfig, prompts, max_new_tokens, temperature, top_k, top_p) -> None:

@@ -203,23 +203,61 @@ def test_sampling_is_reproducible_by_seed_and_varies_with_it(model):
     assert draw(1) != draw(2)
 
 
+def uniform(n):
+    return torch.rand(n, generator=torch.Generator().manual_seed(0))
+
+
+def test_rows_that_have_ended_cost_nothing_and_change_no_other_row(model):
+    prompts = [*PROMPTS, *([7, 7, 7, n] for n in range(12))]
+    for sampling in ({}, {"temperature": 1.5, "seed": 3}):
+        free = generate(model, prompts, 9, **sampling)
+        computed = []
+        handle = model.wte.register_forward_hook(lambda module, args, output: computed.append(args[0].numel()))
+        for eos_id in {a[3] for a in free if len(a) > 3}:
+            computed.clear()
+            stopped = generate(model, prompts, 9, eos_id=eos_id, **sampling)
+            assert stopped == [a[:a.index(eos_id)] if eos_id in a else a for a in free]
+            # After the prompts: for each answer its tokens, of which the last ends it and is not fed back.
+            fed = [min(len(a), room - 1) for a, room in zip(stopped, [9, 9, 9, 4, 1] + [9] * 12)]
+            assert sum(computed[1:]) == sum(fed)
+        handle.remove()
+
+
+def test_what_all_prompts_begin_with_is_computed_once(model):
+    prompts = [[1, 2, 3, 4, 5, n] for n in range(6)] + [[1, 2, 3, 4, 5]]
+    computed = []
+    handle = model.wte.register_forward_hook(lambda module, args, output: computed.append(args[0].numel()))
+    answers = generate(model, prompts, 5)
+    handle.remove()
+    assert answers == [one_by_one(model, p, 5) for p in prompts]
+    assert computed[:2] == [4, 7 * 2]
+    assert generate(model, [prompts[0]] * 3, 5) == [answers[0]] * 3
+
+
+def test_unused_places_of_the_cache_may_hold_anything(model, monkeypatch):
+    wanted = generate(model, PROMPTS[:3], 9)
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: torch.full(*size, torch.nan, **options))
+    assert generate(model, PROMPTS[:3], 9) == wanted
+
+
 def test_top_k_keeps_k_candidates_also_among_equals():
     logits = torch.zeros(4000, 6)
-    drawn = sample(logits, 1.0, 2, None, torch.Generator().manual_seed(0)).unique()
+    drawn = sample(logits, 1.0, 2, None, uniform(4000)).unique()
     assert len(drawn) == 2
 
 
 def test_top_p_keeps_the_smallest_set_that_reaches_p():
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(4000, 4)
-    generator = torch.Generator().manual_seed(0)
-    assert sample(logits, 1.0, None, 0.4, generator).unique().tolist() == [0]
-    assert sample(logits, 1.0, None, 0.6, generator).unique().tolist() == [0, 1]
-    assert sample(logits, 1.0, None, 1.0, generator).unique().tolist() == [0, 1, 2, 3]
+    assert sample(logits, 1.0, None, 0.4, uniform(4000)).unique().tolist() == [0]
+    assert sample(logits, 1.0, None, 0.6, uniform(4000)).unique().tolist() == [0, 1]
+    assert sample(logits, 1.0, None, 1.0, uniform(4000)).unique().tolist() == [0, 1, 2, 3]
+    extremes = torch.tensor([0.0, 1 - 2**-24])  # also there no token is drawn that top_p has taken out
+    assert sample(logits[:2], 1.0, None, 0.6, extremes).tolist() == [1, 0]
 
 
 def test_temperature_scales_the_logits():
     logits = torch.tensor([[0.0, 2.0]]).expand(20000, 2)
-    share = sample(logits, 2.0, None, None, torch.Generator().manual_seed(0)).float().mean()
+    share = sample(logits, 2.0, None, None, uniform(20000)).float().mean()
     assert abs(share - torch.sigmoid(torch.tensor(1.0))) < 0.01
 
 
