@@ -974,7 +974,7 @@ def describe(args, plan, data, figures) -> dict:
         "data": data.account,
         "freeze": {"policy": args.trainable, "trainable": plan.eligible, "frozen": plan.frozen,
                    "trainable_parameters": sum(p.numel() for p in plan.parameters()),
-                   "fingerprint": plan.fingerprint, "checks": plan.checks},
+                   "fingerprint": plan.fingerprint, "checks": plan.checks, "scores": plan.scores},
         "train": figures,
     }
 

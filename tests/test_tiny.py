@@ -255,3 +255,162 @@ def test_pretraining_writes_a_folder_that_loads(make, tmp_path, monkeypatch, cap
     make.pretrain(seed=1, n_tokens=1024, batch_size=2)
     assert "tokens/s" in capsys.readouterr().out
     assert GPT.from_pretrained(tmp_path / "model").config.n_layer == 4
+
+
+# ---- experiments ----
+
+
+@pytest.fixture(scope="module")
+def experiments():
+    spec = importlib.util.spec_from_file_location("experiments", TINY / "experiments.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def base(experiments):
+    return experiments.Base("tiny", "tiny")
+
+
+def test_every_row_is_a_command_that_finetune_takes(experiments, base, tmp_path, monkeypatch):
+    import finetune
+
+    monkeypatch.setattr(base, "difficulties", [i / 4000 for i in range(len(base.train))])
+    monkeypatch.setattr(experiments, "random_model", lambda folder: folder)
+    for table, (_, epochs, columns, rows) in experiments.TABLES.items():
+        assert set(columns) <= set(experiments.COLUMNS), table
+        for name, template in rows.items():
+            flags = experiments.fill(template, base, epochs, tmp_path)
+            for script, *line in experiments.commands(flags, "tiny", [], "out", 1):
+                args = finetune.parse_args(line) if script == "finetune.py" else None
+                assert args is None or args.seed in (1, 10) and args.epochs and (epochs >= 1 or args.max_examples or args.max_steps), name
+
+
+def test_rows_of_equal_budget_train_on_as_many_response_tokens(experiments, base):
+    for flags in ("--max-examples 50 --select longest", "--max-examples 50 --select shortest", "", "--response reflection"):
+        steps = base.steps_for(10_000, flags.split())
+        encoded = base.training("reflection" if "reflection" in flags else None)
+        if "select" in flags:
+            encoded = sorted(encoded, key=lambda e: (len(e.ids) - e.n_prompt) * (-1 if "longest" in flags else 1))[:50]
+        per_step = experiments.count_targets(encoded) / -(-len(encoded) // 16)
+        assert abs(steps * per_step - 10_000) <= per_step / 2, flags
+    run = {"base": base, "flags": {"response": None}, "metrics": [{"records": [0, 1]}, {}, {"records": [0]}]}
+    first, second = (experiments.count_targets(base.encode(base.train[i:i + 1])) for i in (0, 1))
+    assert experiments.trained_targets(run) == 2 * first + second
+
+
+def test_below_one_epochs_is_the_share_of_the_records(experiments, base, tmp_path):
+    assert experiments.fill("--trainable all", base, 0.25, tmp_path) == "--trainable all --max-examples 956 --epochs 1"
+    assert experiments.fill("--max-examples {half} --epochs 2", base, 0.25, tmp_path) == "--max-examples 478 --epochs 2"
+    assert experiments.fill("", base, 3, tmp_path) == "--epochs 3"
+    assert experiments.fill("--max-examples {n} --epochs 2 --max-steps {staged}", base, 0.25, tmp_path).endswith("--max-steps 64")  # 20, 20, 24
+    assert experiments.fill("{all_tokens}", base, 0.25, tmp_path) == "--epochs 999 --max-steps 240"
+    with pytest.raises(SystemExit):
+        experiments.main(["layers", "--epochs", "1.5"])
+
+
+def test_a_chain_of_adapters_is_merged_between_and_goes_on_with_new_ones(experiments):
+    first, merge, second = experiments.commands("--lora-r 8 then --lora-r 4", "tiny", ["--epochs", "1"], "out", 2)
+    assert first == ["finetune.py", "--lora-r", "8", "--epochs", "1", "--seed", "2", "--out", "out.part1"]
+    assert merge == ["lora.py", "merge", "--base", "tiny", "--adapter", "out.part1/adapter", "--out", "out.merged1"]
+    assert second == ["finetune.py", "--model", "out.merged1", "--lora-r", "4", "--epochs", "1", "--seed", "20", "--out", "out"]
+
+
+def test_statistics_of_the_tables_agree_with_hand_computed_ones(experiments):
+    assert experiments.spearman([1, 2, 3, 4], [10, 20, 40, 30]) == pytest.approx(0.8)
+    assert experiments.spearman([3, 2, 1], [1, 2, 3]) == pytest.approx(-1)
+    assert experiments.spearman([1, 1, 2], [5, 5, 9]) == pytest.approx(1) and experiments.spearman([1, 1], [1, 2]) is None
+    assert experiments.undominated([(1, 5), (2, 4), (2, 5), (2, 4)]) == [True, True, False, True]
+    metrics = [{"step": 0, "val_loss": 1.0}, {"step": 5, "val_loss": None}, {"step": 10, "val_loss": 0.5}, {"step": 20, "val_loss": 0.1}]
+    assert experiments.steps_to(0.75, metrics) == 5 and experiments.steps_to(0.1, metrics) == 20
+    assert experiments.steps_to(0.05, metrics) is None
+    assert experiments.cell([1.0, 2.0, 3.0], 10, 1) == "20.0 ± 5.8" and experiments.cell([0.5], 1, 2) == "0.50"
+    assert experiments.cell([1.0, None], 1, 1) == "-" == experiments.cell([], 1, 1)
+
+
+@pytest.mark.parametrize("policy, lora_r, share", [("all", None, 1), ("last:1", None, None), ("biases", None, 2 / 3), ("lora", 8, None)])
+def test_the_cost_model_is_that_of_the_closed_form(experiments, policy, lora_r, share):
+    from freeze import freeze
+    from lora import add_lora
+
+    model = GPT.from_pretrained("tiny")
+    block, head, adapters = 12 * 192 ** 2, 2048 * 192 / 4, 0
+    if lora_r:
+        add_lora(model, r=lora_r)
+        adapters = sum(p.numel() for n, p in model.named_parameters() if ".lora_" in n)
+    cost = experiments.needed(model, freeze(model, policy), 0.25)
+    full = 3 * (4 * block + head)
+    if policy == "last:1":
+        assert cost == pytest.approx((3 + 3) * block + 2 * head)  # forward in three, all three products in one; the head is frozen
+    elif lora_r:
+        assert cost == pytest.approx(full * 2 / 3 + 3 * adapters)
+    else:
+        assert cost == pytest.approx(full * share)
+
+
+def fake_result(n_trainable, nll, forgetting, responses=(), prompt_tokens=10, scores=None):
+    run = {"freeze": {"trainable_parameters": n_trainable, "scores": scores or {}}, "metrics": [], "responses": responses,
+           "train": {"prompt_tokens": prompt_tokens, "train_loss": 1.0, "val_loss": 1.0, "steps": 5, "seconds": 1.0, "peak_memory_bytes": 1},
+           "flags": {}}
+    return run, {"exact_match": 0.5, "response_nll": nll, "forgetting": forgetting, "saved_bytes": 1}
+
+
+def test_a_row_that_fails_is_named_and_the_others_are_printed(experiments, tmp_path, monkeypatch, capsys):
+    def run_row(lines, text, base):
+        return None if "1e-4" in lines[0] and lines[0][-3] == "2" else fake_result(7, 0.25, 0.125)
+    monkeypatch.setattr(experiments, "run_row", run_row)
+    assert experiments.main(["rates", "--out", str(tmp_path)]) == 1
+    out, err = capsys.readouterr()
+    assert "One pass over 956 records unless the row says otherwise; 3 seeds (--seed 1 to 3), mean ± standard error." in out
+    assert "| full, lr 1e-4 | - | - | - | - | `python finetune.py --trainable all --lr 1e-4 --max-examples 956 --epochs 1 --seed 1 --out runs/row` |" in out
+    assert "| LoRA, lr 3e-3 | 7 | 50.0 | 0.250 | 0.125 | `python finetune.py --lora-r 8 --max-examples 956 --epochs 1 --seed 1 --out runs/row` |" in out
+    assert err.splitlines()[-1] == "error: not finished: full, lr 1e-4, hybrid, lr 1e-4 and 1e-3; run the table again"
+    assert experiments.main(["rates", "--out", str(tmp_path), "--seeds", "1", "--epochs", "2"]) == 0
+    assert "2 passes over all records unless the row says otherwise; 1 seed." in capsys.readouterr().out
+
+
+def test_a_row_is_resumed_scored_once_and_left_alone_where_its_command_fails(experiments, tmp_path, monkeypatch):
+    out, started = tmp_path / "row", []
+
+    def run(command, code=0, **_):
+        started.append([Path(command[1]).name, *command[2:]])
+        if code == 0:
+            out.mkdir(exist_ok=True)
+            (out / ("run.json" if "finetune" in str(command[1]) else "scores.json")).write_text('{"forgetting": 0.5}')
+            for name in ("metrics.jsonl", "responses.jsonl"):
+                (out / name).write_text("{}\n")
+        return type("Done", (), {"returncode": code})
+    line = ["finetune.py", "--lora-r", "8", "--out", str(out)]
+    monkeypatch.setattr(experiments.subprocess, "run", lambda *a, **k: run(*a, code=1))
+    assert experiments.run_row([line], None, None) is None  # another process holds the folder, say
+    assert started.pop() == [*line, "--overwrite"] and not started
+    (out / "checkpoints").mkdir(parents=True)
+    monkeypatch.setattr(experiments.subprocess, "run", run)
+    assert experiments.run_row([line], "story.txt", None)[1]["forgetting"] == 0.5
+    assert started == [[*line, "--resume"], ["evaluate.py", out, "--text", "story.txt"]]
+    assert experiments.run_row([line], "story.txt", None)[0]["metrics"] == [{}] and len(started) == 2
+
+
+def test_the_norms_are_compared_with_the_blocks_trained_alone(experiments, base, capsys):
+    scores = {"rgn:2": [0.4, 0.1, 0.2, 0.3]}
+    results = {"2 of largest relative gradient norm": [fake_result(1, 0.1, 0, scores=scores)]}
+    results |= {f"block {i} alone": [fake_result(1, nll, 0)] for i, nll in enumerate([0.1, 0.4, 0.3, 0.2])}
+    experiments.after_layers(results, base)
+    assert "training each block alone (1: the norms tell the best block): 1.00" in capsys.readouterr().out
+    results["block 0 alone"] = [fake_result(1, 0.9, 0)]
+    experiments.after_layers(results, base)
+    assert "the best block): -0.20" in capsys.readouterr().out
+
+
+def test_adaptive_instructions_help_only_if_they_are_shorter_and_no_quartile_is_worse(experiments, base, monkeypatch, capsys):
+    monkeypatch.setattr(base, "test", base.test[:8])
+    monkeypatch.setattr(base, "difficulty", lambda encoded: list(range(8)))
+    answers = lambda wrong: [{"ended": True, "model_response": "b" if i in wrong else "a", "output": "a"} for i in range(8)]
+    row = lambda wrong, tokens: [fake_result(1, 0.1, 0, answers(wrong), tokens)] * 3
+    for adaptive, verdict in ((row({}, 70), "help: 30%"), (row({}, 80), "do not help: 20%"), (row({7}, 70), "do not help: 30%")):
+        experiments.after_instructions({"short": row({}, 50), "long": row({}, 100), "adaptive": adaptive}, base)
+        out = capsys.readouterr().out
+        assert f"Adaptive instructions {verdict} fewer prompt tokens" in out
+        assert ("worse by more than a standard error in quartile 4." in out) == (adaptive == row({7}, 70))
+    assert "| adaptive | 100.0 | 100.0 | 100.0 | 50.0 | 70.0 |" in out
