@@ -696,8 +696,6 @@ def describe(args):
 def main(argv=None):
     """Describe the data; what was given wrong ends in one line on stderr and exit code 1."""
     args = parse_args(argv)
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # closed (>&-)
-    sys.stdout.reconfigure(errors="backslashreplace")
     try:
         describe(args)
     except BrokenPipeError:  # `| head` has seen enough; at exit Python would flush into it again
@@ -707,4 +705,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    if sys.stdout:  # None when closed (>&-)
+        sys.stdout.reconfigure(errors="backslashreplace")
     main()

@@ -631,16 +631,16 @@ def hold(out: Path, rank: int):
 
 
 def say(text="", end="\n"):
-    """Print; when the reader has gone (`| head`), go on in silence: the run is worth more than its output."""
+    """Print; when the reader has gone (`| head`) or its disk is full, go on in silence: the run is worth more."""
     try:
         print(text, end=end, flush=True)
-    except BrokenPipeError:
+    except OSError:
         sys.stdout = open(os.devnull, "w")
 
 
 def interactive() -> bool:
     """Whether a line can be updated in place."""
-    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    return sys.stdout is not None and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def status(line: str, keep: bool) -> None:
@@ -1059,8 +1059,6 @@ def is_out_of_memory(error: Exception) -> bool:
 def main(argv=None) -> int:
     """Run the command line; what the user gave wrong ends in one line on stderr."""
     args = parse_args(argv)
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # closed (>&-)
-    sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return run(args)
     except KeyboardInterrupt:
@@ -1075,4 +1073,6 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
+    if sys.stdout:  # None when closed (>&-)
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(main())

@@ -785,8 +785,6 @@ def parse_args(argv=None):
 def main(argv=None) -> int:
     """Print a prompt and its continuation; returns the exit code."""
     args = parse_args(argv)
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # closed (>&-)
-    sys.stdout.reconfigure(errors="backslashreplace")
     from data import load_tokenizer
 
     try:
@@ -810,4 +808,6 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
+    if sys.stdout:  # None when closed (>&-)
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(main())

@@ -633,11 +633,9 @@ def parse_args(argv=None):
 def main(argv=None) -> int:
     """Run a subcommand; returns the exit code."""
     args = parse_args(argv)
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # closed (>&-)
-    sys.stdout.reconfigure(errors="backslashreplace")
     try:
         args.run(args)
-        sys.stdout.flush()
+        print(end="", flush=True)
     except BrokenPipeError:  # the reader has seen enough (| head); nothing is left to be flushed at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError) as error:
@@ -647,4 +645,6 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
+    if sys.stdout:  # None when closed (>&-)
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(main())

@@ -1,5 +1,7 @@
 """What a user can get wrong, or odd: it works, or ends in one line on stderr that names the thing, with the right exit code."""
 
+import asyncio
+import io
 import json
 import math
 import os
@@ -7,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -27,7 +30,8 @@ LONG = {"instruction": "x" * 400, "input": "", "output": "y"}
 def attempt(capsys, main, *flags):
     """(exit code, stderr, stdout) of a script's main, as the shell would see them."""
     capsys.readouterr()
-    sys.stderr.reconfigure(errors="backslashreplace")  # as Python's own
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # as in the scripts and as Python's own
     try:
         code = main([str(flag) for flag in flags])
     except SystemExit as stop:
@@ -468,6 +472,36 @@ def test_the_small_scripts_end_in_one_line_too(tmp_path, capsys, monkeypatch, ma
     result, err, _ = attempt(capsys, main, *more)
     assert result == code and is_one_line(err) and message in err
     assert not list(tmp_path.iterdir())
+
+
+class OutStream(io.TextIOBase):
+    """Standard output as a notebook's kernel has it: no reconfigure, no file number, not a terminal."""
+
+    encoding = "UTF-8"
+
+    def __init__(self):
+        self.text = ""
+
+    def write(self, text):
+        self.text += text
+        return len(text)
+
+
+def test_the_mains_work_in_a_notebook(world, tmp_path, monkeypatch):
+    """In a cell: an event loop is running. In a background thread: no signal handlers can be set."""
+    async def cell(main, *flags):
+        return main(list(flags))
+
+    commands = ((finetune.main, flags(world, tmp_path / "run")), (evaluate.main, [str(tmp_path / "run")]), (evaluate.main, [str(tmp_path / "run"), "--ask", "☃?"]),
+                (gpt.main, ["--model", str(world / "model"), "--prompt", "☃", "--max-new-tokens", "2"]),
+                (data.main, ["--data", str(world / "records.json"), "--model", str(world / "model")]), (lora.main, ["show", str(world / "lora" / "adapter")]))
+    for main, more in commands:
+        monkeypatch.setattr(sys, "stdout", OutStream())
+        assert not asyncio.run(cell(main, *more)) and sys.stdout.text.endswith("\n"), main.__module__
+    monkeypatch.setattr(sys, "stdout", OutStream())
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(finetune.main, flags(world, tmp_path / "other")).result() == 0
+    assert "proved" in sys.stdout.text
 
 
 def test_ends_without_a_terminal_in_ascii_with_closed_streams_and_into_head(world, tmp_path):

@@ -1,6 +1,8 @@
 """evaluate.py: scores, statistics, the judge's parser, its transport under faults, resume, canaries, the report."""
 
+import errno
 import importlib.util
+import io
 import json
 import math
 import os
@@ -994,8 +996,6 @@ def test_data_that_has_changed_since_the_training_is_an_error(real_run, capsys):
 
 
 def test_ask_answers_one_instruction_or_each_line(real_run, capsys, monkeypatch):
-    import io
-
     run = str(real_run / "run")
     assert E.main([run, "--ask", "Say hello."]) == 0
     one = capsys.readouterr().out
@@ -1092,6 +1092,27 @@ def test_a_reader_that_goes_away_is_no_error(make_run):
     done.stdout.close()
     assert (done.wait(), done.stderr.read()) == (0, b"")
     done.stderr.close()
+
+
+def test_a_standard_output_that_is_full_is_an_error_and_a_closed_one_is_not(make_run, capsys, monkeypatch):
+    class Full(io.StringIO):
+        def flush(self):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    run = str(make_run())
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", Full())
+        assert E.main([run]) == 1
+    assert capsys.readouterr().err == "error: [Errno 28] No space left on device: 'standard output'\n"
+    monkeypatch.setattr(sys, "stdout", None)
+    assert E.main([run]) == 0 and capsys.readouterr().err == ""
+
+
+def test_progress_is_shown_on_a_terminal_only(monkeypatch):
+    for stderr, term in ((None, "xterm"), (SimpleNamespace(isatty=lambda: False), "xterm"), (SimpleNamespace(isatty=lambda: True), "dumb")):
+        monkeypatch.setattr(sys, "stderr", stderr)
+        monkeypatch.setenv("TERM", term)
+        assert E.progress("x") is None
 
 
 def test_the_file_runs_as_a_script_and_explains_itself():
