@@ -17,6 +17,7 @@ import base64
 import hashlib
 import http.client
 import json
+import math
 import os
 import random
 import re
@@ -39,19 +40,10 @@ TINY = Path(__file__).parent / "tiny"  # what the name `tiny` means
 IGNORE_INDEX = -100  # cross_entropy's own default: a target without a loss
 END_OF_TEXT = "<|endoftext|>"
 TEMPLATES = {  # before the input, its part (left out where there is no input), after it
-    "alpaca": (
-        "Below is an instruction that describes a task. "
-        "Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\n{instruction}\n\n",
-        "### Input:\n{input}\n\n",
-        "### Response:\n",
-    ),
+    "alpaca": ("Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+               "### Instruction:\n{instruction}\n\n", "### Input:\n{input}\n\n", "### Response:\n"),
     "phi3": ("<|user|>\n{instruction}", "\n{input}", "\n<|assistant|>:\n"),
-    "chatml": (
-        "<|im_start|>user\n{instruction}",
-        "\n{input}",
-        "<|im_end|>\n<|im_start|>assistant\n",
-    ),
+    "chatml": ("<|im_start|>user\n{instruction}", "\n{input}", "<|im_end|>\n<|im_start|>assistant\n"),
     "plain": ("{instruction}", "\n{input}", "\n"),
 }
 PAIRS = (("instruction", "output"), ("prompt", "completion"), ("question", "answer"))
@@ -60,20 +52,14 @@ NOT_JSON = {  # how files begin that are often taken for data
     b"version https://git-lfs": "a git-lfs pointer; run git lfs pull to get the data",
     b"<": "a web page; download the raw file",
 }
-
 DATASETS = {  # name: (where on raw.githubusercontent.com, records in it, sha256 where it is known)
-    "book": (
-        "rasbt/LLMs-from-scratch/main/ch07/01_main-chapter-code/instruction-data.json",
-        1100,
-        "7e09a9af353722ca15c18bc580f093f9c39d3178335a75177319cb1e1d163944",
-    ),
+    "book": ("rasbt/LLMs-from-scratch/main/ch07/01_main-chapter-code/instruction-data.json", 1100,
+             "7e09a9af353722ca15c18bc580f093f9c39d3178335a75177319cb1e1d163944"),
     "alpaca": ("tatsu-lab/stanford_alpaca/main/alpaca_data.json", 52002, None),
 }
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
 # How GPT-2 cuts text before it merges bytes; possessive quantifiers keep long runs linear.
-GPT2_PATTERN = (
-    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-)
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 # GPT-2's files spell a byte as itself where that prints, else as the next character from U+0100.
 PRINTS = [*range(33, 127), *range(161, 173), *range(174, 256)]
 OTHERS = [byte for byte in range(256) if byte not in PRINTS]
@@ -208,36 +194,42 @@ def load_examples(path_or_name) -> list[dict]:
 
     Raises FileNotFoundError, or ValueError naming file, record (from 1) and remedy.
     """
-    path = data_file(path_or_name)
-    examples, empty = [], []
-    with open(path, "rb") as file:
-        head = file.peek(1024).removeprefix(b"\xef\xbb\xbf").lstrip()
-        if not head.startswith((b"[", b"{")):
-            reasons = [text for start, text in NOT_JSON.items() if head.startswith(start)]
-            reason = reasons[0] if reasons else f"it begins with {head[:16]!r}" if head else "empty"
-            raise ValueError(f"{path} is neither a JSON array nor JSON lines: {reason}")
-        array = head.startswith(b"[")
-        for line, row in enumerate(_parse(file.read(), path) if array else file, 1):
-            where = f"{path}: record {len(examples) + 1}" + ("" if array else f" (line {line})")
-            if array or row.removeprefix(b"\xef\xbb\xbf").strip():
-                record = row if array else _parse(row, where)
-                known = str(path_or_name) == "alpaca" and isinstance(record, dict)
-                if known and not str(record.get("output")).strip():
-                    empty.append(line)
-                    continue
-                try:
-                    examples.append(_to_example(record))
-                except ValueError as error:
-                    raise ValueError(f"{where}: {error}") from None
+    path, expected = data_file(path_or_name), DATASETS.get(str(path_or_name), (None, None))[1]
+    examples, empty, n = [], [], 0
+    for n, (where, record) in enumerate(_records(path), 1):
+        if str(path_or_name) == "alpaca" and isinstance(record, dict) and not str(record.get("output")).strip():
+            empty.append(n)
+            continue
+        try:
+            examples.append(_to_example(record))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
     if not examples:
         raise ValueError(f"{path} holds no records; at least one is needed")
-    n, expected = len(examples) + len(empty), DATASETS.get(str(path_or_name), (None, None, None))[1]
     if n != (expected or n):
         raise ValueError(f"{path}: {n} records, {expected} expected; delete it to download it again")
     if empty:
-        print(f"note     {len(empty)} of {n} records of {path_or_name} have no output and are left "
-              f"out; the first is record {empty[0]}", file=sys.stderr)  # fmt: skip
+        print(f"note     {len(empty)} of {n} records of {path_or_name} have no output and are left out; "
+              f"the first is record {empty[0]}", file=sys.stderr)
     return examples
+
+
+def _records(path):
+    """(place for messages, record) of every record in a JSON array, or in JSON lines: those one at a time."""
+    with open(path, "rb") as file:
+        head = file.peek(1024).removeprefix(b"\xef\xbb\xbf").lstrip()
+        if head.startswith(b"["):
+            for n, record in enumerate(_parse(file.read(), path), 1):
+                yield f"{path}: record {n}", record
+        elif head.startswith(b"{"):
+            rows = ((line, row) for line, row in enumerate(file, 1) if row.removeprefix(b"\xef\xbb\xbf").strip())
+            for n, (line, row) in enumerate(rows, 1):
+                where = f"{path}: record {n} (line {line})"
+                yield where, _parse(row, where)
+        else:
+            known = [text for start, text in NOT_JSON.items() if head.startswith(start)]
+            reason = known[0] if known else f"it begins with {head[:16]!r}" if head else "empty"
+            raise ValueError(f"{path} is neither a JSON array nor JSON lines: {reason}")
 
 
 def _parse(text, where):
@@ -246,9 +238,7 @@ def _parse(text, where):
         return json.loads(text.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         why = str(error).replace("line 1 column", "column")
-        raise ValueError(
-            f"{where}: not JSON in UTF-8 ({why}); a file is one array, or one record per line"
-        ) from None
+        raise ValueError(f"{where}: not JSON in UTF-8 ({why}); a file is one array, or one record per line") from None
 
 
 def _to_example(record) -> dict:
@@ -264,10 +254,8 @@ def _to_example(record) -> dict:
         names = f"question in {chat}", f"answer in {chat}"
         question, answer = _one_turn(rest.pop(chat))
     else:
-        raise ValueError(
-            f"fields {list(record)}; needed: instruction and output, prompt and completion, "
-            "question and answer, messages, or conversations"
-        )
+        raise ValueError(f"fields {list(record)}; needed: instruction and output, prompt and completion, "
+                         "question and answer, messages, or conversations")
     given = rest.pop("input", None)
     example = {"instruction": question, "input": "" if given is None else given, "output": answer}
     for name, text in zip((names[0], "input", names[1]), example.values()):
@@ -293,10 +281,8 @@ def _one_turn(messages) -> tuple[str, str]:
     except (AttributeError, TypeError):
         raise ValueError("messages must be a list of objects with role and content") from None
     if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
-        raise ValueError(
-            f"messages of {', '.join(map(str, roles)) or 'nobody'}; needed: one of user, one of "
-            "assistant (and one of system before them): split multi-turn conversations"
-        )
+        raise ValueError(f"messages of {', '.join(map(str, roles)) or 'nobody'}; needed: one of user, one of assistant "
+                         "(and one of system before them): split multi-turn conversations")
     return "\n\n".join(text for text in texts[:-1] if text.strip()), texts[-1]
 
 
@@ -341,12 +327,10 @@ def reshape_example(example, instruction="short", response=None) -> dict:
     shaped = dict(example)
     if instruction == "long":
         shaped["instruction"] = field("instruction_long")
-    if response == "answer":
-        shaped["output"] = field("output")
-    elif response == "rationale":
-        shaped["output"] = f"{field('rationale')}\nAnswer: {field('output')}"
-    elif response == "reflection":
-        shaped["output"] = f"{field('draft')}\nThat is wrong. {field('rationale')}\nAnswer: {field('output')}"
+    if response:
+        draft = f"{field('draft')}\nThat is wrong. " if response == "reflection" else ""
+        worked = f"{draft}{field('rationale')}\nAnswer: " if response != "answer" else ""
+        shaped["output"] = worked + field("output")
     return shaped
 
 
@@ -363,27 +347,20 @@ def load_tokenizer(name_or_folder) -> tiktoken.Encoding:
             return tiktoken.get_encoding("gpt2")
         except OSError as error:
             raise FileNotFoundError(
-                f"{name_or_folder}: the tokenizer cannot be fetched ({type(error).__name__}); give "
-                "a folder with vocab.json and merges.txt, or set TIKTOKEN_CACHE_DIR to a filled cache"
-            ) from None
+                f"{name_or_folder}: the tokenizer cannot be fetched ({type(error).__name__}); give a folder with "
+                "vocab.json and merges.txt, or set TIKTOKEN_CACHE_DIR to a filled cache") from None
     folder = TINY / "model" if str(name_or_folder) == "tiny" else Path(name_or_folder)
     if not folder.is_dir():
         names = ", ".join(("tiny", *GPT2_NAMES))
         raise FileNotFoundError(f"{folder}: no such model folder, nor one of the names {names}")
     try:
         vocab, special, merges = _read_bpe(folder)
-        ranks = {
-            bytes(CHAR_TO_BYTE[char] for char in token): rank
-            for token, rank in vocab.items()
-            if token not in special
-        }
+        ranks = {bytes(CHAR_TO_BYTE[char] for char in token): rank for token, rank in vocab.items() if token not in special}
         _check_bpe(ranks, special, merges)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         why = error if isinstance(error, ValueError) else f"not the format expected ({error!r})"
         raise ValueError(f"{folder}: broken tokenizer: {why}") from None
-    return tiktoken.Encoding(
-        str(folder), pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special
-    )
+    return tiktoken.Encoding(str(folder), pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special)
 
 
 def _read_bpe(folder):
@@ -409,10 +386,8 @@ def _read_bpe(folder):
         rows = [line.split() for line in files[0].read_bytes().splitlines()]
         tokens = [(base64.b64decode(token), int(rank)) for token, rank in rows]
         return {_spell(token): rank for token, rank in tokens}, {END_OF_TEXT: len(rows)}, None
-    raise FileNotFoundError(
-        f"{folder}: no tokenizer.json, no vocab.json with merges.txt, no *.tiktoken; copy the "
-        "model's tokenizer files into the folder"
-    )
+    raise FileNotFoundError(f"{folder}: no tokenizer.json, no vocab.json with merges.txt, no *.tiktoken; "
+                            "copy the model's tokenizer files into the folder")
 
 
 def _check_bpe(ranks, special, merges):
@@ -430,10 +405,8 @@ def _check_bpe(ranks, special, merges):
     merges = implied if merges is None else merges
     for n, (pair, line) in enumerate(zip_longest(implied, merges), 1):
         if pair != line:
-            raise ValueError(
-                f"merge {n} is {line}, the ids imply {pair}; vocabulary and merges must belong "
-                "together, and ids increase in merge order"
-            )
+            raise ValueError(f"merge {n} is {line}, the ids imply {pair}; vocabulary and merges must belong "
+                             "together, and ids increase in merge order")
 
 
 def _spell(token: bytes) -> str:
@@ -474,12 +447,11 @@ def save_tokenizer(tokenizer: tiktoken.Encoding, folder) -> None:
     config = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False}
     config |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
     files = {"vocab.json": vocab, "added_tokens.json": special, "tokenizer_config.json": config}
+    texts = {"merges.txt": "\n".join(merges)}
+    texts |= {name: json.dumps(value, ensure_ascii=False) + "\n" for name, value in files.items() if value}
     Path(folder).mkdir(parents=True, exist_ok=True)
-    (Path(folder) / "merges.txt").write_text("\n".join(merges), encoding="utf-8", newline="\n")
-    for name, value in files.items():
-        if value:
-            text = json.dumps(value, ensure_ascii=False) + "\n"
-            (Path(folder) / name).write_text(text, encoding="utf-8", newline="\n")
+    for name, text in texts.items():
+        (Path(folder) / name).write_text(text, encoding="utf-8", newline="\n")
 
 
 def format_prompt(example, template="alpaca") -> str:
@@ -490,7 +462,7 @@ def format_prompt(example, template="alpaca") -> str:
     return (before + (input_part if example.get("input") else "") + after).format_map(example)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Encoded:
     """Ids of an example: n_prompt of the prompt, the response's and, unless cut, the end token."""
 
@@ -516,12 +488,12 @@ def encode_examples(examples, tokenizer, template="alpaca", max_length=None):
     if max_length is not None and max_length < 2:
         raise ValueError(f"max_length {max_length}: at least 2 ids are needed")
     encoded, report = [], {"kept": [], "dropped": [], "truncated": [], "special_text": []}
-    prompts = [format_prompt(example, template) for example in examples]
-    prompts = tokenizer.encode_ordinary_batch(prompts)
-    responses = tokenizer.encode_ordinary_batch([example["output"] for example in examples])
-    special = tokenizer.special_tokens_set
-    for i, (example, prompt, response) in enumerate(zip(examples, prompts, responses)):
-        ids = prompt + response + [tokenizer.eot_token]
+    known = list(range(tokenizer.n_vocab))  # one int for each id: the tokenizer's are new ones, 28 bytes for every token
+    special, shortest = tokenizer.special_tokens_set, math.inf
+    for i, example in enumerate(examples):
+        # Not encode_ordinary_batch: handing short texts to its threads costs more than encoding them.
+        prompt = tokenizer.encode_ordinary(format_prompt(example, template))
+        ids = [known[t] for t in prompt + tokenizer.encode_ordinary(example["output"])] + [tokenizer.eot_token]
         cut = ids[:max_length]
         if len(cut) > len(prompt):
             encoded.append(Encoded(cut, len(prompt)))
@@ -531,12 +503,10 @@ def encode_examples(examples, tokenizer, template="alpaca", max_length=None):
         texts = example["instruction"], example.get("input") or "", example["output"]
         if any(token in text for token in special for text in texts):
             report["special_text"].append(i)
+        shortest = min(shortest, len(prompt))
     if not encoded:
-        shortest = min(map(len, prompts), default=0)
-        raise ValueError(
-            f"none of {len(examples)} examples has a response token within max_length {max_length};"
-            f" the shortest prompt has {shortest} ids"
-        )
+        raise ValueError(f"none of {len(examples)} examples has a response token within max_length {max_length};"
+                         f" the shortest prompt has {shortest if examples else 0} ids")
     return encoded, report
 
 
