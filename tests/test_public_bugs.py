@@ -101,7 +101,8 @@ def freeze_by_zeroing_in_a_hook(run):
 
 def checkpoint_reentrantly(run):
     for block in run.model.h:
-        block.forward = lambda *args, forward=block.forward: checkpoint(forward, *args, use_reentrant=True)
+        block.forward = lambda x, forward=block.forward, **options: checkpoint(
+            lambda x: forward(x, **options), x, use_reentrant=True)
 
 
 def cut_the_graph(run):
