@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch==2.13.0", "tiktoken==0.14.0"]
+# ///
 """Instruction data: read records, write prompts, tokenize, batch.
 
 A record becomes prompt ids + response ids + the end token. Prompt and response are tokenized

@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch==2.13.0", "tiktoken==0.14.0"]
+# ///
 """Score finetuned models: answers, scores that need no server, and a judge that can be checked.
 
 Exact match, token F1, ROUGE-L, response NLL and forgetting need only the model. A judge (Ollama, an

@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch==2.13.0", "tiktoken==0.14.0"]
+# ///
 """
 Instruction finetuning of GPT-2 under a freeze policy that is proved.
 

@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch==2.13.0", "tiktoken==0.14.0"]
+# ///
 """Which parameters of a GPT-2 train, and the proof that these and no others did.
 
 `freeze(model, policy)` turns a policy such as "last_two_blocks" or "lora,norms" into an exact set of

@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch==2.13.0", "tiktoken==0.14.0"]
+# ///
 """
 GPT-2 in plain PyTorch: the model, its checkpoint folder, and generation with a KV cache.
 

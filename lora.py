@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch==2.13.0", "tiktoken==0.14.0"]
+# ///
 """
 Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685): add, switch, merge, save, load, combine.
 
