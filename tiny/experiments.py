@@ -57,7 +57,7 @@ TABLES = {
         "full": "", "LoRA r = 4": "--lora-r 4", "LoRA r = 8": "--lora-r 8", "LoRA r = 16": "--lora-r 16",
         "hybrid: LoRA r = 8 and the last block": HYBRID,
     }),
-    "layers": ("Which blocks to train, at equal number?", 0.25, ("trainable", *QUALITY, "peak MiB"), {
+    "layers": ("Which blocks to train, at equal number?", 0.25, ("trainable", *QUALITY), {
         "all": "--trainable all", "last 2": "--trainable last:2", "first 2": "--trainable first:2", "random 2": "--trainable random:2",
         "2 of largest relative gradient norm": "--trainable rgn:2", "2 of most signal in their spectrum": "--trainable spectrum:2",
         "2 drawn anew every 10 steps (LISA), and embeddings, norms": "--trainable lisa:2@10,embeddings,norms",
@@ -452,12 +452,12 @@ def main(argv=None) -> int:
             row = commands(flags, args.model, common, str(args.out / f"{folder}-{seed}"), seed)
             results[name].append(run_row(row, None if "--model" in flags else text, base))
         results[name] = [] if None in results[name] else results[name]
-        shown = " && ".join(shlex.join(["python", *line]) for line in commands(flags, args.model, common, "runs/row", 1))
+        shown = " && ".join(shlex.join(["python", *line]) for line in commands(flags, args.model, common, f"runs/{args.table}-{len(lines)}", 1))
         lines.append([name, *(cell([get(*result) for result in results[name]], factor, digits)
                               for get, factor, digits in (COLUMNS[column] for column in columns)), f"`{shown}`"])
     seeds = "1 seed" if args.seeds == 1 else f"{args.seeds} seeds (--seed 1 to {args.seeds}), mean ± standard error"
     passes = f"{epochs} passes over all records" if epochs > 1 else f"One pass over {round(len(base.train) * epochs):,} records"
-    print(f"{question} {passes} unless the row says otherwise; {seeds}.\n")
+    print(f"{question} {passes} unless the row says otherwise; {seeds}; scored by `python evaluate.py FOLDER`.\n")
     print_table(lines)
     AFTER.get(args.table, lambda *_: None)(results, base)
     if unfinished := [name for name, of in results.items() if not of]:
