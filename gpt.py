@@ -565,6 +565,9 @@ def write_json(path: Path, value: dict) -> None:
     try:
         temp.write_text(text, encoding="utf-8", errors="backslashreplace")  # a path may hold half a character
         os.replace(temp, path)
+    except OSError as error:
+        error.filename = str(path)  # a full disk names no file
+        raise
     finally:
         temp.unlink(missing_ok=True)
 
@@ -662,6 +665,9 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temp, path)
+    except OSError as error:
+        error.filename = str(path)  # a full disk names no file
+        raise
     finally:
         temp.unlink(missing_ok=True)
 
@@ -791,23 +797,28 @@ def main(argv=None) -> int:
     args = parse_args(argv)
     from data import load_tokenizer
 
+    loaded = False
     try:
         folder = model_folder(args.model)
         model, tokenizer = GPT.from_pretrained(folder), load_tokenizer(folder)
-    except (OSError, ValueError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    try:
-        ids = tokenizer.encode_ordinary(args.prompt)
+        loaded, ids = True, tokenizer.encode_ordinary(args.prompt)
         new = generate(model, [ids], args.max_new_tokens, eos_id=tokenizer.eot_token, temperature=args.temperature,
                        top_k=args.top_k, top_p=args.top_p, seed=args.seed)[0]
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return 2 if loaded else 1
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        print(f"error: out of memory: --model {args.model} does not fit: take a smaller one, or lower --max-new-tokens", file=sys.stderr)
+        return 1
     try:
         print(tokenizer.decode(ids + new), flush=True)
-    except BrokenPipeError:  # the reader has gone; nothing is left to be flushed at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to be flushed at exit
+        if not isinstance(error, BrokenPipeError):  # else the reader has seen enough (| head)
+            print(f"error: standard output: {error.strerror}", file=sys.stderr)
+            return 1
     return 0
 
 

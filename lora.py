@@ -5,13 +5,11 @@
 """
 Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685): add, switch, merge, save, load, combine.
 
-`LoRALinear` is the nn.Linear it was, with its weight under the same name in the same storage, plus named
-pairs of small matrices A [r, in] and B [out, r]:  y = W x + b + s B A x,  s = alpha / r (rsLoRA,
-arXiv 2312.03732: alpha / sqrt(r)). Nothing here freezes or unfreezes a parameter: new matrices are born
-trainable, existing ones are left as they are, and what trains is the caller's decision.
+`LoRALinear` is the nn.Linear it was, with its weight under the same name in the same storage, plus named pairs of small
+matrices A [r, in] and B [out, r]:  y = W x + b + s B A x,  s = alpha / r (rsLoRA, arXiv 2312.03732: alpha / sqrt(r)).
+Nothing here freezes or unfreezes a parameter: new matrices are born trainable, and what trains is the caller's decision.
 
-An adapter on the disk is a PEFT folder. Checked in tests/test_lora.py against peft in both directions,
-for GPT-2's module names. DoRA is left out.
+An adapter on the disk is a PEFT folder, checked against peft in both directions for GPT-2's module names. DoRA is left out.
 
     python lora.py show runs/X/adapter
     python lora.py merge --base tiny --adapter runs/X/adapter --out merged
@@ -29,6 +27,7 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -67,9 +66,9 @@ class LoRAConfig:
 
 class LoRALinear(nn.Linear):
     """
-    A linear layer (..., in) -> (..., out) with adapters by name, of which one, none, or one per batch row
-    is active. A and B are float32 (at least) whatever the dtype of the weight, as in PEFT: small updates
-    vanish in bfloat16. The sum is cast back, so the output has the dtype of the plain layer's.
+    A linear layer (..., in) -> (..., out) with adapters by name, of which one, none, or one per batch row is active.
+    A and B are float32 (at least) whatever the dtype of the weight, as in PEFT: small updates vanish in bfloat16.
+    The sum is cast back, so the output has the dtype of the plain layer's.
     """
 
     def __init__(self, *args, **kwargs):
@@ -156,23 +155,20 @@ def _adapter(model: nn.Module, name: str) -> dict[str, LoRALinear]:
     return adapters[name]
 
 
-def _ends(name: str, suffix: str) -> bool:
-    """Whether a dotted name ends in these components: attn.c_proj does in c_proj, not in proj."""
-    return name == suffix or name.endswith("." + suffix)
+def _hits(names, target: str) -> set[str]:
+    """The names that match a pattern with *, or end in these components: attn.c_proj ends in c_proj, not in proj."""
+    return {n for n in names if (fnmatchcase(n, target) if "*" in target else ("." + n).endswith("." + target))}
 
 
 def _select(names, targets) -> set[str]:
     """The names that the targets hit; ValueError for a target that hits none."""
-    hits = set()
-    for target in targets:
-        found = {n for n in names if (fnmatchcase(n, target) if "*" in target else _ends(n, target))}
-        if not found:
-            there = sorted({n.split(".")[-1] for n in names})
-            raise ValueError(f"target {target!r} hits no linear layer; their names end in {', '.join(there)}")
-        hits |= found
+    hits = {target: _hits(names, target) for target in targets}
+    for target in (t for t, found in hits.items() if not found):
+        there = sorted({n.split(".")[-1] for n in names})
+        raise ValueError(f"target {target!r} hits no linear layer; their names end in {', '.join(there)}")
     if not hits:
         raise ValueError("no targets: the adapter would be empty")
-    return hits
+    return set().union(*hits.values())
 
 
 def _add(model: nn.Module, adapter: str, layers: dict) -> None:
@@ -201,8 +197,7 @@ def add_lora(model: nn.Module, r: int = 8, alpha: float = 16, targets=("c_attn",
     ValueError for a target that hits no linear layer, a name that is taken, a tied weight, a bad number.
     """
     config = LoRAConfig(r, alpha, dropout, rslora)
-    hits = _select(_linears(model), [targets] if isinstance(targets, str) else targets)
-    _add(model, name, {n: (config,) for n in hits})
+    _add(model, name, {n: (config,) for n in _select(_linears(model), [targets] if isinstance(targets, str) else targets)})
 
 
 def use_lora(model: nn.Module, name: str | None | list[str | None]) -> None:
@@ -221,10 +216,9 @@ def use_lora(model: nn.Module, name: str | None | list[str | None]) -> None:
 
 def merge_lora(model: nn.Module, name: str = "default") -> None:
     """
-    Fold an adapter into the weights, in place: W += s B A in float32, rounded once to W's dtype. The
-    layers are plain nn.Linear afterwards. ValueError, with the model untouched, if there is no such adapter
-    (merged already), if there are others (they were trained on the weights that would change), or if a
-    merged weight is not finite.
+    Fold an adapter into the weights, in place: W += s B A in float32, rounded once to W's dtype; plain nn.Linear remain.
+    ValueError, with the model untouched, if there is no such adapter (merged already), if there are others (they were
+    trained on the weights that would change), or if a merged weight is not finite.
     """
     layers = _adapter(model, name)
     others = [n for n in _adapters(model) if n != name]
@@ -248,8 +242,7 @@ def lora_state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor
 # ---------------------------------------------------------------------------------------------
 # PEFT folders: adapter_config.json + adapter_model.safetensors
 
-# Options that are read below, or that do not change what a trained adapter computes. Any other option that
-# is set (to something but null, false or empty) is one that we do not have.
+# Options that are read below, or that do not change what a trained adapter computes; any other one that is set is refused.
 KNOWN = set("""peft_type task_type base_model_name_or_path r lora_alpha lora_dropout target_modules rank_pattern
     alpha_pattern use_rslora bias init_lora_weights fan_in_fan_out inference_mode revision auto_mapping peft_version
     megatron_core qalora_group_size eva_config ensure_weight_tying""".split())
@@ -267,14 +260,14 @@ def write_adapter(folder: str | Path, layers: dict, targets, base: str) -> None:
     Write a PEFT folder, the config last. layers: module name -> (LoRAConfig, A, B).
     ValueError if a matrix holds NaN or inf, before anything is written.
     """
-    folder, tensors = Path(folder), {}
-    for name, (_, A, B) in layers.items():
+    folder, paths, tensors = Path(folder), {}, {}
+    for name, (config, A, B) in layers.items():
         if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
             raise ValueError(f"A or B of {name} holds NaN or inf: not saved")
-        for kind, tensor in (("lora_A", A), ("lora_B", B)):
-            tensors[f"base_model.model.{_peft_path(name)}.{kind}.weight"] = tensor
-    common = Counter(config for config, _, _ in layers.values()).most_common(1)[0][0]
-    paths = {_peft_path(name): config for name, (config, _, _) in layers.items()}
+        path = _peft_path(name)
+        paths[path] = config
+        tensors |= {f"base_model.model.{path}.lora_A.weight": A, f"base_model.model.{path}.lora_B.weight": B}
+    common = Counter(paths.values()).most_common(1)[0][0]
     if (Path(base) / "config.json").is_file():
         base = str(Path(base).resolve())  # so that peft finds it from any working directory
     folder.mkdir(parents=True, exist_ok=True)
@@ -292,18 +285,18 @@ def write_adapter(folder: str | Path, layers: dict, targets, base: str) -> None:
 
 def read_adapter(folder: str | Path) -> tuple[dict, dict]:
     """
-    The config and the layers, module name -> (LoRAConfig, A [r, in], B [out, r]), of a PEFT folder, or of
-    a run folder with one in `adapter`. FileNotFoundError for a missing file. ValueError for options that
-    we do not have, by name, and for tensors that are unexpected, unpaired, misshapen or not finite.
+    The config and the layers, module name -> (LoRAConfig, A [r, in], B [out, r]), of a PEFT folder, or of a run folder
+    with one in `adapter`. FileNotFoundError for a missing file. ValueError for options that we do not have, by name,
+    and for tensors that are unexpected, unpaired, misshapen or not finite.
     """
     folder = Path(folder)
     if not (folder / "adapter_config.json").is_file() and (folder / "adapter").is_dir():
         folder = folder / "adapter"
-    for path in (folder / "adapter_config.json", folder / "adapter_model.safetensors"):
+    files = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    for path in files:
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file (an adapter is a folder with adapter_config.json and "
-                                    "adapter_model.safetensors)")
-    config, tensors = read_json(folder / "adapter_config.json"), read_safetensors(path)
+            raise FileNotFoundError(f"{path}: no such file (an adapter is a folder with {files[0].name} and {files[1].name})")
+    config, tensors = read_json(files[0]), read_safetensors(files[1])
     try:
         _check_options(config)
         return config, _parse_layers(config, tensors)
@@ -340,8 +333,12 @@ def _parse_layers(config: dict, tensors: dict[str, Tensor]) -> dict:
     for name, pair in pairs.items():
         if len(pair) < 2:
             raise ValueError(f"{name} has lora_{next(iter(pair))} only")
-        layer = LoRAConfig(_by_pattern(config, "rank_pattern", name, config["r"]),
-                           _by_pattern(config, "alpha_pattern", name, config["lora_alpha"]),
+
+        def pick(key, default):  # the value of the first pattern that the module's path ends in, as PEFT has it
+            patterns = (config.get(key) or {}).items()
+            return next((v for p, v in patterns if re.match(rf"(.*\.)?({p})$", _peft_path(name))), default)
+
+        layer = LoRAConfig(pick("rank_pattern", config["r"]), pick("alpha_pattern", config["lora_alpha"]),
                            config.get("lora_dropout", 0.0), config.get("use_rslora", False))
         A, B = pair["A"], pair["B"]
         if not A.shape[0] == B.shape[1] == layer.r:
@@ -350,32 +347,25 @@ def _parse_layers(config: dict, tensors: dict[str, Tensor]) -> dict:
     return layers
 
 
-def _by_pattern(config: dict, key: str, name: str, default):
-    """The value of the first pattern that a module's path ends in, as PEFT has it, else the default."""
-    patterns = (config.get(key) or {}).items()
-    return next((v for p, v in patterns if re.match(rf"(.*\.)?({p})$", _peft_path(name))), default)
-
-
 def save_lora(model: nn.Module, folder: str | Path, name: str = "default", base: str = "gpt2") -> None:
     """
     Save an adapter as a PEFT folder. `base` is recorded for PEFT's use: a name on the hub, or a folder.
     ValueError if there is no such adapter (merged already) or it holds NaN or inf.
     """
-    layers, linears, targets = _adapter(model, name), _linears(model), set()
-    for n in layers:  # the shortest suffix that hits adapted layers only
+    adapted, linears, targets = _adapter(model, name), _linears(model), set()
+    for n in adapted:  # the shortest suffix that hits adapted layers only
         parts = n.split(".")
         suffixes = [".".join(parts[k:]) for k in reversed(range(len(parts)))]
-        targets.add(next((s for s in suffixes if all(m in layers for m in linears if _ends(m, s))), n))
-    layers = {n: (m.configs[name], m.lora_A[name].detach(), m.lora_B[name].detach()) for n, m in layers.items()}
+        targets.add(next((s for s in suffixes if _hits(linears, s) <= adapted.keys()), n))
+    layers = {n: (m.configs[name], m.lora_A[name].detach(), m.lora_B[name].detach()) for n, m in adapted.items()}
     write_adapter(folder, layers, targets, base)
 
 
 def load_lora(model: nn.Module, folder: str | Path, name: str = "default") -> None:
     """
-    Load a PEFT folder as a new adapter and make it active. Its matrices are as trainable as those of
-    `add_lora`; other parameters stay as they are. Where PEFT only warns, or says nothing, this is a
-    ValueError, with the model untouched: layers without tensors, tensors without layers (another depth,
-    other targets), shapes that do not fit. For what else is raised see `read_adapter` and `add_lora`.
+    Load a PEFT folder as a new adapter and make it active; other parameters stay as they are. Where PEFT only warns, or
+    says nothing, this is a ValueError, with the model untouched: layers without tensors, tensors without layers (another
+    depth, other targets), shapes that do not fit. For what else is raised see `read_adapter` and `add_lora`.
     """
     config, layers = read_adapter(folder)
     linears = _linears(model)
@@ -389,8 +379,7 @@ def load_lora(model: nn.Module, folder: str | Path, name: str = "default") -> No
             shown = ", ".join(sorted(names)[:5]) + (" ..." if len(names) > 5 else "")
             raise ValueError(f"{folder}: {len(names)} layers {what}: {shown}")
     for n, (_, A, B) in layers.items():
-        shape = (linears[n].out_features, linears[n].in_features)
-        if (len(B), A.shape[1]) != shape:
+        if (len(B), A.shape[1]) != (shape := (linears[n].out_features, linears[n].in_features)):
             raise ValueError(f"{folder}: the adapter's {n} is {(len(B), A.shape[1])}, the model's {shape}")
     _add(model, name, layers)
 
@@ -428,6 +417,9 @@ def write_json(path: Path, value: dict) -> None:
     try:
         temp.write_text(text, encoding="utf-8", errors="backslashreplace")  # a path may hold half a character
         os.replace(temp, path)
+    except OSError as error:
+        error.filename = str(path)  # a full disk names no file
+        raise
     finally:
         temp.unlink(missing_ok=True)
 
@@ -522,6 +514,9 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temp, path)
+    except OSError as error:
+        error.filename = str(path)  # a full disk names no file
+        raise
     finally:
         temp.unlink(missing_ok=True)
 
@@ -532,24 +527,24 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 
 
-def show(args) -> None:
-    """Print an adapter's settings, its size, and how far it moves each weight."""
+def show(args) -> str:
+    """List an adapter's settings, its size, and how far it moves each weight."""
     config, layers = read_adapter(args.folder)
     targets, matrices = config["target_modules"], [t for _, A, B in layers.values() for t in (A, B)]
-    print(f"base     {config.get('base_model_name_or_path')}")
-    print(f"targets  {targets if isinstance(targets, str) else ', '.join(targets)}")
-    print(f"size     {len(layers)} layers, {sum(t.numel() for t in matrices):,} parameters, "
-          f"{sum(t.numel() * t.element_size() for t in matrices):,} bytes\n")
     width = max(map(len, layers))
-    print(f"{'layer':{width}}  {'out x in':>13}  {'r':>4}  {'alpha':>6}  {'s':>6}  norm of s B A")
+    lines = [f"base     {config.get('base_model_name_or_path')}",
+             f"targets  {targets if isinstance(targets, str) else ', '.join(targets)}",
+             f"size     {len(layers)} layers, {sum(t.numel() for t in matrices):,} parameters, {sum(t.nbytes for t in matrices):,} bytes",
+             "", f"{'layer':{width}}  {'out x in':>13}  {'r':>4}  {'alpha':>6}  {'s':>6}  norm of s B A"]
     for name in sorted(layers, key=lambda n: re.sub(r"\d+", lambda m: m[0].zfill(4), n)):
         c, A, B = layers[name]
         A, B = A.double(), B.double()
         norm = c.scale * ((B.T @ B) * (A @ A.T)).sum().clamp(min=0).sqrt()  # without forming B A
-        print(f"{name:{width}}  {f'{len(B)} x {A.shape[1]}':>13}  {c.r:4}  {c.alpha:6g}  {c.scale:6.4g}  {norm:.4g}")
+        lines.append(f"{name:{width}}  {f'{len(B)} x {A.shape[1]}':>13}  {c.r:4}  {c.alpha:6g}  {c.scale:6.4g}  {norm:.4g}")
+    return "\n".join(lines)
 
 
-def merge(args) -> None:
+def merge(args) -> str:
     """Write base + adapter as a plain model folder."""
     from gpt import GPT, model_folder
 
@@ -558,17 +553,15 @@ def merge(args) -> None:
     model = GPT.from_pretrained(source)
     load_lora(model, args.adapter)
     merge_lora(model)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=out.name + ".") as temp:
-        model.save_pretrained(Path(temp) / "model")
+    with _complete(out) as folder:
+        model.save_pretrained(folder)
         for name in TOKENIZER_FILES:
             if (source / name).is_file():
-                shutil.copyfile(source / name, Path(temp) / "model" / name)
-        os.replace(Path(temp) / "model", out)
-    print(f"{args.base} + {args.adapter} -> {out}")
+                shutil.copyfile(source / name, folder / name)
+    return f"{args.base} + {args.adapter} -> {out}"
 
 
-def combine(args) -> None:
+def combine(args) -> str:
     """
     Write the adapter whose delta is the weighted sum of the given ones': A stacked, w s B side by side.
     Exact, at the price of the sum of the ranks; averaging A and B instead would be another function.
@@ -589,15 +582,25 @@ def combine(args) -> None:
         A = torch.cat([A for A, _ in pairs])  # (sum of r, in)
         B = torch.cat([B for _, B in pairs], dim=1)  # (out, sum of r)
         layers[name] = (LoRAConfig(r=len(A), alpha=len(A)), A, B)
-    write_adapter(out, layers, map(_peft_path, layers), next(iter(bases)))
-    print(f"{' + '.join(f'{weight:g} * {folder}' for folder, weight in args.adapter)} -> {out}")
+    with _complete(out) as folder:
+        write_adapter(folder, layers, map(_peft_path, layers), next(iter(bases)))
+    return f"{' + '.join(f'{weight:g} * {folder}' for folder, weight in args.adapter)} -> {out}"
 
 
 def _free(out: Path) -> Path:
     """The path; ValueError if something is there."""
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out} is there already: choose another folder or remove it")
     return out
+
+
+@contextmanager
+def _complete(out: Path):
+    """A folder to write to, which becomes `out` when all is written."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=out.name + ".") as temp:
+        yield Path(temp) / "new"
+        os.replace(Path(temp) / "new", out)
 
 
 def _weighted(text: str) -> tuple[str, float]:
@@ -620,17 +623,14 @@ def parse_args(argv=None):
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("show", help="list an adapter", description=show.__doc__)
     command.add_argument("folder", help="a PEFT adapter folder, or a run folder")
-    command.set_defaults(run=show)
     command = commands.add_parser("merge", help="fold an adapter into its base", description=merge.__doc__)
     command.add_argument("--base", required=True, metavar="M", help="the model: a folder or a name")
     command.add_argument("--adapter", required=True, metavar="FOLDER", help="a PEFT adapter folder, or a run folder")
     command.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="the new model folder")
-    command.set_defaults(run=merge)
     command = commands.add_parser("combine", help="a weighted sum of adapters", description=combine.__doc__)
     command.add_argument("--adapter", required=True, action="extend", nargs="+", type=_weighted,
                          metavar="FOLDER=WEIGHT", help="an adapter and its factor; give several")
     command.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="the new adapter folder")
-    command.set_defaults(run=combine)
     return parser.parse_args(argv)
 
 
@@ -638,13 +638,20 @@ def main(argv=None) -> int:
     """Run a subcommand; returns the exit code."""
     args = parse_args(argv)
     try:
-        args.run(args)
-        print(end="", flush=True)
-    except BrokenPipeError:  # the reader has seen enough (| head); nothing is left to be flushed at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, ValueError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        text = {"show": show, "merge": merge, "combine": combine}[args.command](args)
+    except (OSError, ValueError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        memory = "" if isinstance(error, (OSError, ValueError)) else "out of memory: the model or its adapters do not fit. "
+        print(f"error: {memory}{' '.join(str(error).split())}", file=sys.stderr)
         return 1
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to be flushed at exit
+        if not isinstance(error, BrokenPipeError):  # else the reader has seen enough (| head)
+            print(f"error: standard output: {error.strerror}", file=sys.stderr)
+            return 1
     return 0
 
 
