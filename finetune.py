@@ -34,7 +34,8 @@ import sys
 import threading
 import time
 import warnings
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,6 +63,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 HEAD_ROWS = 1024  # positions whose logits exist at one time
 CURRICULA = ("none", "length", "level", "ifd", "random")
 TAU = 0.05  # nats per response token by which a shorter instruction may be harder and is still taken
+LEAST_RATE, LEAST_CLIP = 1e-20, 1e-6  # below them updates vanish: beside any weight, beside AdamW's epsilon
 MAX_SKIPPED = 5  # steps in a row without a finite loss and gradient, after which the run ends
 
 
@@ -148,7 +150,7 @@ def parse_args(argv=None):
     group = parser.add_argument_group("which weights")
     group.add_argument("--trainable", type=given, help="freeze policy, e.g. all, last_block, lora,norms (default: all; lora with --lora-r)")
     group.add_argument("--lora-r", type=count, help="rank of the adapters to add (default: none)")
-    group.add_argument("--lora-alpha", type=number(float, 0, low_ok=False), help="scale times rank (default: 2 r)")
+    group.add_argument("--lora-alpha", type=number(float, 0, 1e38, low_ok=False), help="scale times rank (default: 2 r)")
     group.add_argument("--lora-targets", type=given, help="suffixes or patterns of module names (default: c_attn,c_proj,c_fc)")
     group.add_argument("--lora-dropout", type=number(float, 0, 0.99), help="on the adapters' input (default: 0)")
     group.add_argument("--rslora", action="store_true", help="scale by alpha / sqrt(r) in place of alpha / r")
@@ -207,6 +209,8 @@ def check_flags(args, parser):
     """Refuse flags that the others would make meaningless, and fill in the defaults that depend on them."""
     if args.resume and args.overwrite:
         parser.error("--resume and --overwrite exclude each other")
+    if 0 < args.clip < LEAST_CLIP:
+        parser.error(f"--clip {args.clip:g}: must be 0 (do not clip) or at least {LEAST_CLIP:g}, or the updates vanish")
     if args.select and not args.max_examples:
         parser.error("--select has no effect without --max-examples")
     if args.curriculum == "none" and args.stages:
@@ -499,6 +503,9 @@ def prepare_plan(args, model, train_set):
     optimizer = build_optimizer(model, plan, args.lr, adapter_lr(args, plan), args.loraplus_ratio or 1.0,
                                 args.weight_decay, args.lr_decay)
     plan.check_optimizer(optimizer)
+    if (least := min(group["peak"] for group in optimizer.param_groups)) < LEAST_RATE:
+        raise UsageError(f"--lr {args.lr:g} with --lr-decay {args.lr_decay:g} and --loraplus-ratio {args.loraplus_ratio or 1:g} makes a "
+                         f"learning rate of {least:g}, with which nothing moves: it must be at least {LEAST_RATE:g}")
     return plan, optimizer
 
 
@@ -541,10 +548,37 @@ def wait_for_all() -> None:
 SETTINGS = ("out", "resume", "overwrite", "eval_every", "eval_batches", "checkpoint_every", "keep", "no_responses", "device")
 
 
-def fingerprint(args, data) -> dict:
-    """What a resumed run must have in common with the interrupted one: flags, data, number of processes."""
-    flags = {key: value for key, value in vars(args).items() if key not in SETTINGS}
-    return flags | {"data sha256": data["sha256"], "processes": int(os.environ.get("WORLD_SIZE", 1))}
+def fingerprint(args, model, data) -> dict:
+    """What a resumed run must have in common with the interrupted one: flags, data as file and as ids, configurations, processes."""
+    ids = hashlib.sha256(repr(data.stages).encode())
+    for example in data.train + data.val:
+        ids.update(repr(example).encode())
+    return ({key: value for key, value in vars(args).items() if key not in SETTINGS}
+            | {f"model {key}": value for key, value in asdict(model.config).items()}
+            | {f"adapter {name}": repr(module.configs) for name, module in model.named_modules() if hasattr(module, "configs")}
+            | {"data sha256": data.account["sha256"], "token ids": ids.hexdigest(), "processes": int(os.environ.get("WORLD_SIZE", 1))})
+
+
+def saved_checkpoints(out: Path) -> list[Path]:
+    """The checkpoint folders, oldest first; they are complete, for they got their names last, but may have been damaged since."""
+    folders = [folder for folder in (out / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", folder.name)]
+    return sorted(folders, key=lambda folder: int(folder.name[5:]))
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk, where it survives a power cut."""
+    if os.name == "nt":  # a folder cannot be opened there
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def manifest_sha256(manifest: dict) -> str:
+    """Hash of what a manifest says beside it."""
+    return hashlib.sha256(json.dumps({k: v for k, v in manifest.items() if k != "sha256"}, sort_keys=True).encode()).hexdigest()
 
 
 def save_checkpoint(out: Path, state: dict, run: dict, model, plan, optimizer, keep: int) -> None:
@@ -561,33 +595,43 @@ def save_checkpoint(out: Path, state: dict, run: dict, model, plan, optimizer, k
             tensors |= {f"{key}.{name}": value for key, value in optimizer.state.get(p, {}).items()}
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     try:
-        shutil.rmtree(temp, ignore_errors=True)
+        for torn in folder.parent.glob("step-*.tmp"):  # a killed process left it
+            shutil.rmtree(torn)
         temp.mkdir(parents=True)
-        write_safetensors(temp / "state.safetensors", tensors)
-        write_json(temp / "manifest.json", {
-            "state": state, "run": run, "proof": plan.proof,
-            "files": {"state.safetensors": {"bytes": (temp / "state.safetensors").stat().st_size,
-                                            "sha256": sha256(temp / "state.safetensors")}}})
-        shutil.rmtree(folder, ignore_errors=True)
+        file = temp / "state.safetensors"
+        write_safetensors(file, tensors)
+        manifest = {"state": state, "run": run, "proof": plan.proof,
+                    "files": {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)}}}
+        write_json(temp / "manifest.json", manifest | {"sha256": manifest_sha256(manifest)})
+        for path in (temp / "manifest.json", temp, out / "metrics.jsonl"):
+            sync(path)
+        shutil.rmtree(folder, ignore_errors=True)  # damaged, or the run would not have come from before it
         os.replace(temp, folder)
+        for path in (folder.parent, out):
+            sync(path)
     except OSError as error:
         shutil.rmtree(temp, ignore_errors=True)
         raise OSError(f"{temp}: the checkpoint of {size:,} bytes could not be written ({error.strerror or error}); "
                       f"{shutil.disk_usage(out).free:,} bytes are free, earlier checkpoints are intact") from None
-    for old in sorted(folder.parent.glob("step-??????"))[:-keep]:
-        shutil.rmtree(old)
+    folders = saved_checkpoints(out)
+    last = folders.index(folder) + 1
+    for other in folders[:max(0, last - keep)] + folders[last:]:  # later ones were found damaged when this run was resumed
+        shutil.rmtree(other)
 
 
 def find_checkpoint(out: Path) -> tuple[Path, dict]:
     """The newest checkpoint whose manifest and files are intact, saying what was passed over."""
-    for folder in sorted((out / "checkpoints").glob("step-??????"), reverse=True):
+    for folder in reversed(saved_checkpoints(out)):
         try:
             manifest = read_json(folder / "manifest.json")
+            if manifest.get("sha256") != manifest_sha256(manifest):
+                raise ValueError("manifest.json is not what its sha256 says")
             for name, entry in manifest["files"].items():
-                if sha256(folder / Path(name).name) != entry["sha256"]:
-                    raise ValueError(f"{name} is not what its sha256 says")
+                path = folder / Path(name).name
+                if path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]:
+                    raise ValueError(f"{name} is not what its size and sha256 in the manifest say")
             return folder, manifest
-        except (ValueError, KeyError, OSError) as error:
+        except (ValueError, OSError) as error:
             say(f"note     skipped {folder}: {error}")
     raise FileNotFoundError(f"--resume: no intact checkpoint in {out / 'checkpoints'}; start anew with --overwrite or another --out")
 
@@ -598,7 +642,8 @@ def load_checkpoint(args, run: dict, model, plan, optimizer) -> dict:
     then, now = manifest["run"], json.loads(json.dumps(run))
     differ = [f"{key} was {then.get(key)!r}, is {now.get(key)!r}" for key in now | then if then.get(key) != now.get(key)]
     if differ:
-        raise ValueError(f"--resume: {folder} belongs to another run: " + "; ".join(differ))
+        more = f"; and {len(differ) - 5} more" if len(differ) > 5 else ""
+        raise ValueError(f"--resume: {folder} belongs to another run: " + "; ".join(differ[:5]) + more)
     tensors = read_safetensors(folder / "state.safetensors")
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -607,13 +652,29 @@ def load_checkpoint(args, run: dict, model, plan, optimizer) -> dict:
                 moments = {key: tensors.get(f"{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
                 if moments["step"] is not None:
                     optimizer.state[p] = {key: value.to(p.device) for key, value in moments.items()}
-    plan.resume(model, manifest["proof"])
+    try:
+        plan.resume(model, manifest["proof"])
+    except FreezeError as error:
+        raise FreezeError(f"--resume: {folder}: {error}; has --model {args.model} changed since?") from None
     plan.check_optimizer(optimizer)
-    state = manifest["state"]
-    metrics = args.out / "metrics.jsonl"
-    write_records(metrics, [line for line in read_records(metrics) if line["step"] <= state["step"]])
+    state, metrics = manifest["state"], args.out / "metrics.jsonl"
+    lines = read_records(metrics)
+    for i, line in enumerate(lines, 1):
+        if type(line.get("step")) is not int or not {"train_loss", "val_loss"} <= line.keys():
+            raise ValueError(f"{metrics}, line {i}: no step, train_loss and val_loss; repair or remove the line")
+    write_records(metrics, [line for line in lines if line["step"] <= state["step"]])
     say(f"resume   from {folder}")
     return state
+
+
+@contextmanager
+def naming(path: Path):
+    """Put the path into an OSError that names no file, as that of a full disk does."""
+    try:
+        yield path
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def hold(out: Path, rank: int):
@@ -635,11 +696,13 @@ def hold(out: Path, rank: int):
 
 
 def say(text="", end="\n"):
-    """Print; when the reader has gone (`| head`) or its disk is full, go on in silence: the run is worth more."""
+    """Print; when the reader has gone (`| head`) or its disk is full, go on without: the run is worth more than its output."""
     try:
         print(text, end=end, flush=True)
-    except OSError:
+    except OSError as error:
         sys.stdout = open(os.devnull, "w")
+        if not isinstance(error, BrokenPipeError):
+            print(f"note: standard output: {error.strerror}; the run goes on without it", file=sys.stderr)
 
 
 def interactive() -> bool:
@@ -748,10 +811,10 @@ def total_steps(args, stages, world) -> int:
     return min(args.max_steps or math.inf, args.epochs * sum(math.ceil(len(part) / per_step) for part in stages))
 
 
-def train(args, machine, model, plan, optimizer, data, state, save_state) -> dict:
+def train(args, machine, model, plan, optimizer, data, state, signals, save_state) -> dict:
     """
-    Take the steps that `state` says are left and return the run's figures, or {"stopped": signal number}.
-    `save_state()` writes a checkpoint of it; it is kept up to date here.
+    Take the steps that `state` says are left and return the run's figures, or {"stopped": signal number} if there
+    was a signal. `save_state()` writes a checkpoint of `state`, which is kept up to date here.
     """
     lengths = [len(e.ids) for e in data.train]
     per_step, total = args.batch_size * args.grad_accum * machine.world, total_steps(args, data.stages, machine.world)
@@ -761,7 +824,7 @@ def train(args, machine, model, plan, optimizer, data, state, save_state) -> dic
 
     def log(**figures):
         if machine.rank == 0:
-            with open(args.out / "metrics.jsonl", "a", encoding="utf-8") as file:
+            with naming(args.out / "metrics.jsonl") as path, open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state["step"]} | figures) + "\n")
 
     val_loss = validate(args.eval_batches)
@@ -769,55 +832,54 @@ def train(args, machine, model, plan, optimizer, data, state, save_state) -> dic
         log(epoch=0, train_loss=None, val_loss=val_loss, lr=0.0, tokens=0)
     status(f"step {state['step']}/{total}" + (f"  val loss {val_loss:.3f}" if val_loss is not None else ""), keep=True)
     begin, before, tokens_before, validating = time.perf_counter(), state["seconds"], state["tokens"], 0.0
-    signals, epoch = Signals(), args.epochs * len(data.stages) - 1
-    with signals:
-        for epoch, indices in itertools.islice(sample_order(lengths, data.stages, per_step, args.epochs, args.seed), state["step"], total):
-            # The dropout masks too are drawn from (seed, step, process) alone.
-            torch.manual_seed(((args.seed * 1_000_003 + state["step"]) * 1_009 + machine.rank) % 2**63)
-            switched = plan.advance(epoch, state["step"])
-            plan.set_modes(model.train())
-            if switched:
-                plan.drop_frozen_state(optimizer)
-                plan.check_model(model)
-                plan.check_optimizer(optimizer)
-            batch = [data.train[i] for i in indices]
-            share = rate_at(state["step"], total, warmup, args.schedule)
-            loss, norm = take_step(model, plan, optimizer, batch, share, state["taken"], args, machine)
-            state["step"] += 1
-            state["tokens"] += sum(len(e.ids) for e in batch)
-            finite = math.isfinite(loss) and math.isfinite(norm)
-            if finite:
-                state["taken"] += 1
-                state["skipped in a row"] = 0
-                state["recent"] = state["recent"][1 - eval_every:] + [loss]
-            else:
-                state["skipped in a row"] += 1
-                say(f"note     step {state['step']} skipped: loss {loss}, gradient norm {norm}")
-                if state["skipped in a row"] == MAX_SKIPPED:
-                    raise ArithmeticError(f"{MAX_SKIPPED} steps in a row without a finite loss and gradient, the last is "
-                                          f"step {state['step']}: lower --lr, or use --dtype fp32")
+    epoch = args.epochs * len(data.stages) - 1
+    for epoch, indices in itertools.islice(sample_order(lengths, data.stages, per_step, args.epochs, args.seed), state["step"], total):
+        # The dropout masks too are drawn from (seed, step, process) alone.
+        torch.manual_seed(((args.seed * 1_000_003 + state["step"]) * 1_009 + machine.rank) % 2**63)
+        switched = plan.advance(epoch, state["step"])
+        plan.set_modes(model.train())
+        if switched:
+            plan.drop_frozen_state(optimizer)
+            plan.check_model(model)
+            plan.check_optimizer(optimizer)
+        batch = [data.train[i] for i in indices]
+        share = rate_at(state["step"], total, warmup, args.schedule)
+        loss, norm = take_step(model, plan, optimizer, batch, share, state["taken"], args, machine)
+        state["step"] += 1
+        state["tokens"] += sum(len(e.ids) for e in batch)
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if finite:
+            state["taken"] += 1
+            state["skipped in a row"] = 0
+            state["recent"] = (state["recent"] + [loss])[-eval_every:]
+        else:
+            state["skipped in a row"] += 1
+            say(f"note     step {state['step']} skipped: loss {loss}, gradient norm {norm}")
+            if state["skipped in a row"] == MAX_SKIPPED:
+                raise ArithmeticError(f"{MAX_SKIPPED} steps in a row without a finite loss and gradient, the last is "
+                                      f"step {state['step']}: lower --lr or --lora-alpha, or use --dtype fp32")
 
-            due = state["step"] % eval_every == 0 and state["step"] < total
-            if due:
-                pause = time.perf_counter()
-                val_loss = validate(args.eval_batches)
-                validating += time.perf_counter() - pause
-            seconds = time.perf_counter() - begin
-            state["seconds"], state["rate"] = before + seconds, (state["tokens"] - tokens_before) / (seconds - validating)
-            log(epoch=epoch + 1, train_loss=loss if math.isfinite(loss) else None, val_loss=val_loss if due else None,
-                lr=optimizer.param_groups[0]["lr"], grad_norm=norm if math.isfinite(norm) else None,
-                tokens=state["tokens"], seconds=round(state["seconds"], 3), records=[data.positions[i] for i in indices])
-            shown = f"  val loss {val_loss:.3f}" if val_loss is not None else ""
-            eta = minutes(state["seconds"] / state["step"] * (total - state["step"]))
-            status(f"step {state['step']}/{total}  epoch {epoch + 1}  train loss {mean(state['recent']):.3f}{shown}  {state['rate']:,.0f} tok/s  ETA {eta}",
-                   keep=due or state["step"] == total)
-            stop = signals.on_any_process(machine.device)
-            if stop or (args.checkpoint_every and state["step"] % args.checkpoint_every == 0 and state["step"] < total):
-                plan.check_model(model)
-                plan.check_unchanged(model, trained=False)
-                save_state()
-            if stop:
-                return {"stopped": stop}
+        due = state["step"] % eval_every == 0 and state["step"] < total
+        if due:
+            pause = time.perf_counter()
+            val_loss = validate(args.eval_batches)
+            validating += time.perf_counter() - pause
+        seconds = time.perf_counter() - begin
+        state["seconds"], state["rate"] = before + seconds, (state["tokens"] - tokens_before) / (seconds - validating)
+        log(epoch=epoch + 1, train_loss=loss if math.isfinite(loss) else None, val_loss=val_loss if due else None,
+            lr=optimizer.param_groups[0]["lr"], grad_norm=norm if math.isfinite(norm) else None,
+            tokens=state["tokens"], seconds=round(state["seconds"], 3), records=[data.positions[i] for i in indices])
+        shown = f"  val loss {val_loss:.3f}" if val_loss is not None else ""
+        eta = minutes(state["seconds"] / state["step"] * (total - state["step"]))
+        status(f"step {state['step']}/{total}  epoch {epoch + 1}  train loss {mean(state['recent']):.3f}{shown}  {state['rate']:,.0f} tok/s  ETA {eta}",
+               keep=due or state["step"] == total)
+        stop = signals.on_any_process(machine.device)
+        if stop or (args.checkpoint_every and state["step"] % args.checkpoint_every == 0 and state["step"] < total):
+            plan.check_model(model)
+            plan.check_unchanged(model, trained=False)
+            save_state()
+        if stop:
+            return {"stopped": stop}
     val_loss = validate(None)
     log(epoch=epoch + 1, train_loss=None, val_loss=val_loss, lr=0.0, tokens=state["tokens"])
     return {"steps": state["step"], "train_loss": mean(state["recent"]), "val_loss": val_loss, "seconds": round(state["seconds"], 3),
@@ -825,7 +887,7 @@ def train(args, machine, model, plan, optimizer, data, state, save_state) -> dic
 
 
 class Signals:
-    """Inside `with`, SIGINT and SIGTERM are only noted: a step, or the writing of a checkpoint, is finished first."""
+    """Inside `with`, SIGINT and SIGTERM are only noted: a step, and the writing of a checkpoint or the result, is finished first."""
 
     def __init__(self):
         self.noted, self.before = 0, {}
@@ -834,6 +896,7 @@ class Signals:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.before[number] = signal.signal(number, self.note)
+        return self
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
@@ -861,7 +924,7 @@ def check_out(out: Path, overwrite: bool, resume: bool) -> None:
         raise FileNotFoundError(f"--resume: no run in {out}")
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"--out {out}: a file is in the way")
-    if out.is_dir() and any(out.iterdir()):
+    if out.is_dir() and any(path.name != ".lock" for path in out.iterdir()):
         if not any((out / name).exists() for name in ("run.json", "metrics.jsonl")):
             raise FileExistsError(f"--out {out}: the folder is not empty and holds no run; choose another")
         if not (overwrite or resume):
@@ -964,10 +1027,32 @@ def prove(model, plan, optimizer, state) -> None:
     """The last checks: what was frozen has not moved, what was to train has, and the result can be used."""
     plan.check_model(model)
     plan.check_optimizer(optimizer)
-    plan.check_unchanged(model, trained=state["taken"] > 1)
+    if not state["taken"]:
+        raise ArithmeticError(f"none of the {state['step']} steps had a finite loss and gradient, nothing is saved: lower --lr or "
+                              "--lora-alpha, or use --dtype fp32")
+    try:
+        plan.check_unchanged(model, trained=state["taken"] > 1)
+    except FreezeError:
+        plan.check_unchanged(model, trained=False)
+        refuse_lost_updates(model, optimizer)
+        raise
     for name, p in model.named_parameters():
         if not torch.isfinite(p).all():
             raise ArithmeticError(f"{name} holds NaN or inf after step {state['step']}, nothing is saved: lower --lr or --weight-decay")
+
+
+@torch.no_grad()
+def refuse_lost_updates(model, optimizer) -> None:
+    """ArithmeticError if twice AdamW's latest update, at the peak rate, would be rounded away from every value of a tensor."""
+    names = {p: name for name, p in model.named_parameters()}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            update, moments = torch.ones_like(p), optimizer.state.get(p)
+            if moments:
+                update = moments["exp_avg"] / (moments["exp_avg_sq"].sqrt() + group["eps"])
+            if update.any() and bool((p + 2 * group["peak"] * update == p).all()):
+                raise ArithmeticError(f"{names[p]} did not change: at a rate of {group['peak']:g} its updates vanish beside its values, "
+                                      "nothing is saved: raise --lr (or --lr-decay, --loraplus-ratio, --clip)")
 
 
 def describe(args, plan, data, figures) -> dict:
@@ -989,6 +1074,7 @@ def run(args) -> int:
     folder, adapter = locate(args.model)
     choose_out(args, adapter)
     if args.resume and (args.out / "run.json").exists():
+        shutil.rmtree(args.out / "checkpoints", ignore_errors=True)  # it may have been killed before it did that itself
         say(f"{args.out}: the run is complete, nothing is left to do")
         return 0
     machine = join_processes(choose_device(args.device), args.dtype)
@@ -1010,7 +1096,7 @@ def run(args) -> int:
     limit = min(model.config.block_size, 2 * max(len(e.ids) - e.n_prompt for e in data.train))
     asked = [] if args.no_responses or machine.rank > 0 else data.test
     before = answer(model, tokenizer, asked[:3], args.template, limit)
-    identity = fingerprint(args, data.account)
+    identity = fingerprint(args, model, data)
     state = {"step": 0, "taken": 0, "skipped in a row": 0, "tokens": 0, "seconds": 0.0, "rate": 0.0, "recent": []}
     if args.resume:
         state = load_checkpoint(args, identity, model, plan, optimizer)
@@ -1020,36 +1106,44 @@ def run(args) -> int:
             save_checkpoint(args.out, state, identity, model, plan, optimizer, args.keep)
         wait_for_all()
 
-    try:
-        figures = train(args, machine, model, plan, optimizer, data, state, save_state)
-    except (MemoryError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            longest = max(len(e.ids) for e in data.train + data.val)
-            raise MemoryError(f"--batch-size {args.batch_size} with examples of up to {longest} tokens does not fit on {machine.device}: "
-                              "lower --batch-size (and raise --grad-accum to keep the steps as they are) or --max-length") from None
-        raise
-    if "stopped" in figures:
-        say(f"\nstopped after step {state['step']}; the same command with --resume goes on from there")
-        return 128 + figures["stopped"]
-    prove(model, plan, optimizer, state)
-    wait_for_all()  # every process has proved its own copy
-    if machine.rank > 0:
-        return 0
-
-    figures |= {"peak_memory_bytes": peak_memory(machine.device), "exact_match": None, "max_new_tokens": limit}
-    save(args, folder, model, tokenizer, plan)
-    write_json(args.out / "run.json", describe(args, plan, data, figures))  # from here on the run is complete, answered or not
+    with Signals() as signals:
+        try:
+            figures = train(args, machine, model, plan, optimizer, data, state, signals, save_state)
+        except (MemoryError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                longest = max(len(e.ids) for e in data.train + data.val)
+                raise MemoryError(f"--batch-size {args.batch_size} with examples of up to {longest} tokens does not fit on {machine.device}: "
+                                  "lower --batch-size (and raise --grad-accum to keep the steps as they are) or --max-length") from None
+            raise
+        if "stopped" in figures:
+            say(f"\nstopped after step {state['step']}; the same command with --resume goes on from there")
+            return 128 + figures["stopped"]
+        prove(model, plan, optimizer, state)
+        wait_for_all()  # every process has proved its own copy
+        if machine.rank > 0:
+            return 0
+        figures |= {"peak_memory_bytes": peak_memory(machine.device), "exact_match": None, "max_new_tokens": limit}
+        with naming(args.out / "model"):
+            save(args, folder, model, tokenizer, plan)
+        write_json(args.out / "run.json", describe(args, plan, data, figures))
+        for path in [path for name in ("model", "adapter") for path in args.out.glob(f"{name}/*")] + [*args.out.glob("*"), args.out]:
+            if path.is_file() or path.is_dir():
+                sync(path)
+    shutil.rmtree(args.out / "checkpoints", ignore_errors=True)  # the run is complete, answered or not
+    if asked and signals.noted:
+        say(f"\nstopped before the test prompts were answered; the run is complete, and evaluate.py {args.out} answers them")
+        return 128 + signals.noted
     if asked:
         if args.instruction == "adaptive":
             asked = lengthen(args, model, tokenizer, data)
         figures["prompt_tokens"] = mean([len(p) for p in encode_prompts(tokenizer, asked, args.template)])
-        responses = answer(model, tokenizer, asked, args.template, limit, args.out / "responses.jsonl")
+        with naming(args.out / "responses.jsonl") as path:
+            responses = answer(model, tokenizer, asked, args.template, limit, path)
         figures["exact_match"] = mean([r["ended"] and exact_match(r["model_response"], r["output"]) for r in responses])
         write_json(args.out / "run.json", describe(args, plan, data, figures))
         for old, new in zip(before, responses):
             say(f"\nprompt   {excerpt(old['instruction'] + ' ' + old['input'])}\nbefore   {excerpt(old['model_response'])}"
                 f"\nafter    {excerpt(new['model_response'])}")
-    shutil.rmtree(args.out / "checkpoints", ignore_errors=True)
     conclude(args, plan, figures, len(data.test), time.perf_counter() - started)
     return 0
 
