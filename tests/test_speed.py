@@ -1,8 +1,12 @@
 """What saves time or memory gives the same result as the plain way."""
 
+import ctypes
+import platform
+
 import pytest
 import torch
 
+import finetune
 from gpt import GPT, GPTConfig
 
 
@@ -36,3 +40,23 @@ def test_features_from_what_enters_a_block_are_bit_equal(model, idx, first):
     assert torch.equal(model.features(idx, hidden=hidden, first=first), model.features(idx))
     wanted = torch.tensor([0, 5, 26])
     assert torch.equal(model.features(idx, None, wanted, hidden, first), model.features(idx, None, wanted))
+
+
+# ------------------------------------------------------------------------------ memory
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_glibc_accepts_to_keep_what_is_freed(monkeypatch):
+    libc, calls = ctypes.CDLL(None), []
+    libc.mallopt = lambda option, value, true=libc.mallopt: calls.append((option, true(option, value)))
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: libc)
+    finetune.keep_memory()
+    assert calls == [(-3, 1), (-1, 1)]  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD, 1: done
+
+
+@pytest.mark.parametrize("error", [AttributeError, OSError, TypeError])
+def test_without_glibc_memory_is_left_as_it_is(monkeypatch, error):
+    def refuse(name):
+        raise error
+    monkeypatch.setattr(ctypes, "CDLL", refuse)
+    finetune.keep_memory()
