@@ -19,6 +19,7 @@ import argparse
 import email.utils
 import hashlib
 import http.client
+import itertools
 import json
 import math
 import os
@@ -954,6 +955,117 @@ def report_text(runs: list[Run], markdown: bool) -> str:
     return "\n\n".join(parts)
 
 
+# ---------------------------------------------------------------- pictures
+
+COLORS = ("#c1440e", "#2f5d8a", "#3a7d44", "#8e5ea2", "#c99a06", "#5b5b5b", "#d1638c", "#1b9aaa")  # of the runs
+MARKERS = "osD^vP*"  # of the scores
+
+
+def loss_points(metrics: list[dict], key: str) -> list[tuple[float, float]]:
+    """(step, loss) of the lines of metrics.jsonl that have such a loss."""
+    points = [(m.get("step"), m.get(key)) for m in metrics]
+    return [point for point in points if all(isinstance(v, (int, float)) and math.isfinite(v) for v in point)]
+
+
+def sparkline(metrics: list[dict], width: int = 60) -> str:
+    """The training loss as a line of bars, and its range."""
+    values = [loss for _, loss in loss_points(metrics, "train_loss")]
+    if not values:
+        return "none"
+    part = math.ceil(len(values) / width)
+    means = [statistics.fmean(values[i : i + part]) for i in range(0, len(values), part)]
+    low, high = min(means), max(means)
+    bars = "".join("▁▂▃▄▅▆▇█"[round(7 * (v - low) / (high - low or 1))] for v in means)
+    return f"{bars}  {high:.3f} to {low:.3f}"
+
+
+def drawable(text: str) -> str:
+    """Text that matplotlib draws as it is: without formulas or characters that cannot be encoded."""
+    return text.encode(errors="replace").decode().replace("$", r"\$")
+
+
+def plot_losses(axes, metrics: list[dict], label: str = "", color: str = COLORS[0], pale: str = "#9db7d5") -> None:
+    """Training loss as a thin pale line, validation loss with dots; without a label each is named."""
+    train, val = loss_points(metrics, "train_loss"), loss_points(metrics, "val_loss")
+    axes.plot(*zip(*train or [(math.nan, math.nan)]), color=pale, linewidth=0.8, label=None if label else "train")
+    if val or label:
+        axes.plot(*zip(*val or [(math.nan, math.nan)]), color=color, marker="o", markersize=3, label=label or "validation")
+    axes.set(xlabel="step", ylabel="loss (nats per supervised token)")
+    axes.grid(alpha=0.3)
+
+
+def plot_scores(axes, runs: list[Run]) -> None:
+    """Exact match, token F1 and judges' scores, each with its 95 % interval; a row for each run."""
+    metrics = ["exact_match", "token_f1", *sorted({m for run in runs for m in run.values if m.startswith("judge-")})]
+    for i, metric in enumerate(metrics):
+        style = {"marker": MARKERS[i % len(MARKERS)], "markeredgecolor": "white", "markersize": 7}
+        for row, run in enumerate(runs):
+            if values := [v * (1 if metric.startswith("judge-") else 100) for v in run.values.get(metric, {}).values()]:
+                y, low_high = row + 0.6 * ((i + 0.5) / len(metrics) - 0.5), bootstrap_interval(values) or [mean(values)] * 2
+                axes.plot(low_high, [y, y], color=COLORS[row % len(COLORS)])
+                axes.plot(mean(values), y, color=COLORS[row % len(COLORS)], **style)
+                axes.annotate(f"{mean(values):.1f}", (low_high[1], y), (6, 0), textcoords="offset points", va="center", fontsize=7)
+        label = {"exact_match": "exact match", "token_f1": "token F1"}.get(metric, drawable(metric.removesuffix(".jsonl")))
+        axes.plot([], [], color="gray", linestyle="", label=label, **style)
+    axes.set(xlim=(-3, 109), ylim=(len(runs) - 0.5, -0.5), xlabel="% (judges: 0 to 100), with 95 % intervals")
+    axes.set_yticks(range(len(runs)), range(1, len(runs) + 1))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
+
+
+def plot_tradeoff(axes, runs: list[Run]) -> None:
+    """What each run forgot against what it gained: exact match, or the response NLL where nothing matches."""
+    matches = any(run.report["exact_match"] for run in runs)
+    for i, run in enumerate(runs):
+        if run.report["forgetting"] is not None:
+            x, y = run.report["forgetting"], 100 * run.report["exact_match"] if matches else run.report["response_nll"]
+            axes.plot(x, y, color=COLORS[i % len(COLORS)], marker="o", markersize=7, markeredgecolor="white")
+            angle = 2 * math.pi * i / len(runs)  # numbers of neighbours stand on different sides
+            offset = (10 * math.cos(angle), 10 * math.sin(angle))
+            axes.annotate(i + 1, (x, y), offset, textcoords="offset points", ha="center", va="center")
+    axes.axvline(0, color="gray", linewidth=0.8, linestyle=":")
+    axes.margins(0.15)
+    axes.grid(alpha=0.3)
+    axes.set(xlabel="forgetting (nats per token of plain text)", ylabel="exact match (%)" if matches else "response NLL (nats per token)")
+    if not matches:
+        axes.invert_yaxis()  # better is higher
+
+
+def short_names(folders: list[Path]) -> list[str]:
+    """The folders below the one that holds them all, numbered; long names without their middle."""
+    shared = os.path.commonpath([folder.resolve().parent for folder in folders])
+    names = [os.path.relpath(folder.resolve(), shared) for folder in folders]
+    return [f"{i}  {drawable(name if len(name) <= 60 else f'{name[:30]}…{name[-29:]}')}" for i, name in enumerate(names, 1)]
+
+
+def draw(runs: list[Run]) -> str:
+    """Losses, scores, forgetting against gain: into compare.png in the first run's folder where matplotlib is
+    installed, else the losses as text. Returns what there is to say of it.
+    """
+    metrics, path = [read_records(run.folder / "metrics.jsonl") for run in runs], runs[0].folder / "compare.png"
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        lines = [f"{run.folder}\n  {sparkline(m)}" for run, m in zip(runs, metrics)]
+        return "\n".join(["training losses:", *lines, f"(with matplotlib installed, --plot draws {path})"])
+    tradeoff = any(run.report["forgetting"] is not None for run in runs)
+    figure = Figure(figsize=(11, 6.5 + 0.4 * len(runs)), layout="constrained")
+    panels = figure.subplot_mosaic([["losses"] * 2, ["scores", "tradeoff" if tradeoff else "scores"]], height_ratios=[4, 1.5 + 0.4 * len(runs)])
+    if len(runs) == 1:
+        plot_losses(panels["losses"], metrics[0])
+        panels["losses"].set_title(drawable(runs[0].folder.resolve().name))
+    else:
+        for m, name, color in zip(metrics, short_names([run.folder for run in runs]), itertools.cycle(COLORS)):
+            plot_losses(panels["losses"], m, name, color, color + "50")
+        panels["losses"].set_title("thin: training, dots: validation", loc="right", fontsize=8)
+    figure.legend(loc="outside upper left", ncols=2)
+    plot_scores(panels["scores"], runs)
+    if tradeoff:
+        plot_tradeoff(panels["tradeoff"], runs)
+    figure.savefig(path, dpi=150)
+    return f"picture: {path}"
+
+
 # ---------------------------------------------------------------- command line
 
 
@@ -979,6 +1091,8 @@ def parse_args(argv=None):
     parser.add_argument("--text", type=Path, metavar="FILE", help="plain text on which forgetting is measured "
                         "(default: for the model tiny, its embedded held-out text)")
     parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
+    parser.add_argument("--plot", action="store_true", help="draw losses, scores and forgetting into compare.png in the first RUN (with "
+                        "matplotlib installed)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     group = parser.add_argument_group("judge")
     group.add_argument("--judge", default="none", metavar="JUDGE", help="none, ollama:MODEL, openai:MODEL, model:FOLDER")
@@ -998,7 +1112,7 @@ def parse_args(argv=None):
         parser.error(f"--judge-url and --judge-key-env have no effect with --judge {args.judge}")
     if args.pairwise and (args.judge == "none" or len(args.runs) < 2):
         parser.error("--pairwise needs a --judge and at least two runs")
-    if args.ask is not None and (len(args.runs) > 1 or args.judge != "none" or args.text or args.markdown):
+    if args.ask is not None and (len(args.runs) > 1 or args.judge != "none" or args.text or args.markdown or args.plot):
         parser.error("--ask takes one run, and no flag of the report")
     if not 0 < args.judge_timeout < math.inf:
         parser.error(f"--judge-timeout {args.judge_timeout}: must be above 0")
@@ -1204,6 +1318,8 @@ def evaluate(args) -> None:
             run.report["compared"][str(runs[0].folder)] = compare_runs(runs[0], run) | pairwise
         write_json(run.folder / "scores.json", run.report)
     say(report_text(runs, args.markdown))
+    if args.plot:
+        say("\n" + draw(runs))
     for run in runs if judge else []:
         name = f"judge-{judge_slug(args.judge)}.jsonl"
         if not run.report["judges"][name]["n_scored"]:

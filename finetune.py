@@ -49,8 +49,8 @@ from torch.utils.checkpoint import checkpoint
 from data import (IGNORE_INDEX, INSTRUCTIONS, RESPONSES, TEMPLATES, batches, collate, data_file, encode_examples, format_prompt,
                   load_examples, load_tokenizer, prompt_weight, reshape_example, sample_order, save_tokenizer, select_examples,
                   split_examples, split_stages, token_weights)
-from evaluate import (eval_mode, exact_match, example_nlls, first_token_entropies, generate_responses,
-                      instruction_following_difficulty, read_records, write_records)
+from evaluate import (drawable, eval_mode, exact_match, example_nlls, first_token_entropies, generate_responses,
+                      instruction_following_difficulty, plot_losses, read_records, sparkline, write_records)
 from freeze import FreezeError, freeze
 from gpt import GPT, generate, model_folder, read_json, read_safetensors, write_json, write_safetensors
 from lora import add_lora, load_lora, save_lora
@@ -761,24 +761,15 @@ def excerpt(text: str, width: int = 70) -> str:
 
 def draw_losses(out: Path) -> str:
     """Draw metrics.jsonl: into loss.png where matplotlib is installed, else as a line of text, which is returned."""
-    lines = read_records(out / "metrics.jsonl")
-    train, val = ([(m["step"], m[key]) for m in lines if m[key] is not None] for key in ("train_loss", "val_loss"))
+    metrics = read_records(out / "metrics.jsonl")
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        values = [y for _, y in train]
-        part = max(1, math.ceil(len(values) / 60))
-        means = [mean(values[i:i + part]) for i in range(0, len(values), part)]
-        low, high = min(means, default=0), max(means, default=0)
-        bars = "".join("▁▂▃▄▅▆▇█"[round(7 * (v - low) / (high - low or 1))] for v in means)
-        return f"{bars}  {high:.3f} to {low:.3f} (with matplotlib installed: loss.png)"
+        return f"{sparkline(metrics)} (with matplotlib installed: loss.png)"
     figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per supervised token)", title=out.name)
-    axes.plot(*zip(*train), color="#9db7d5", linewidth=0.8, label="train")
-    if val:
-        axes.plot(*zip(*val), color="#c1440e", marker="o", markersize=3, label="validation")
+    axes = figure.add_subplot(title=drawable(out.name))
+    plot_losses(axes, metrics)
     axes.legend()
-    axes.grid(alpha=0.3)
     figure.savefig(out / "loss.png", dpi=150)
     return f"{out / 'loss.png'}"
 
@@ -945,7 +936,7 @@ def check_out(out: Path, overwrite: bool, resume: bool) -> None:
             raise FileExistsError(f"--out {out}: holds a run; --resume goes on with it, --overwrite replaces it")
 
 
-WRITTEN = ("run.json", "metrics.jsonl", "responses.jsonl", "scores.json", "loss.png",
+WRITTEN = ("run.json", "metrics.jsonl", "responses.jsonl", "scores.json", "loss.png", "compare.png",
            "judge-*.jsonl", "canaries-*.jsonl", "pairwise-*.jsonl", "model", "adapter", "checkpoints")
 
 

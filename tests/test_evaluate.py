@@ -1005,6 +1005,58 @@ def test_ask_answers_one_instruction_or_each_line(real_run, capsys, monkeypatch)
     assert capsys.readouterr().out == one * 2
 
 
+# ---------------------------------------------------------------- pictures
+
+
+@pytest.fixture
+def runs_with_losses(make_run):
+    folders = [make_run(name, right=i) for i, name in enumerate(("a", "b$x$" + "y" * 80, "c"))]
+    for i, folder in enumerate(folders[:2]):
+        E.write_records(folder / "metrics.jsonl", [{"step": step, "train_loss": 8 - step + 8 * i or None, "val_loss": 2.0 if step % 4 == 0 else None}
+                                                   for step in range(9)] + [{"step": 9, "train_loss": math.nan}, {}])
+    return folders
+
+
+def test_without_matplotlib_the_losses_are_drawn_as_text_and_the_way_to_the_picture_is_said(runs_with_losses, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert E.main([*map(str, runs_with_losses), "--plot"]) == 0
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert lines[lines.index("training losses:") + 1 :] == [
+        str(runs_with_losses[0]), "  █▇▆▅▄▃▂▁  8.000 to 1.000", str(runs_with_losses[1]), "  █▇▆▅▅▄▃▂▁  16.000 to 8.000",
+        str(runs_with_losses[2]), "  none", f"(with matplotlib installed, --plot draws {runs_with_losses[0] / 'compare.png'})"]
+    assert err == "" and not list(runs_with_losses[0].glob("*.png"))
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_with_matplotlib_one_picture_holds_the_losses_the_scores_and_what_was_forgotten(runs_with_losses, capsys, monkeypatch, n):
+    figure = pytest.importorskip("matplotlib.figure", reason="draws with matplotlib where it is installed")
+    drawn = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, path, **more: drawn.append((self, path)))
+    folders = runs_with_losses[:n]
+    runs = [E.score_run(folder, None, "cpu") for folder in folders]
+    for run, forgotten in zip(runs[1:], (0.1, 0.3)):
+        run.report["forgetting"] = forgotten
+    assert E.draw(runs) == f"picture: {folders[0] / 'compare.png'}"
+    (picture, path), = drawn
+    assert path == folders[0] / "compare.png"
+    losses, scores, *rest = picture.axes
+    points = [list(zip(*line.get_data())) for line in losses.lines]
+    assert points[0] == [(step, 8 - step) for step in range(8)] and points[1] == [(0, 2), (4, 2), (8, 2)]
+    shown = [text.get_text() for text in scores.texts]
+    assert shown[:n] == ["0.0", "25.0", "50.0"][:n]  # exact match
+    if n == 1:
+        assert not rest and [t.get_text() for t in picture.legends[0].get_texts()] == ["train", "validation"] and losses.get_title() == "a"
+    else:
+        (tradeoff,) = rest
+        assert [tuple(float(v[0]) for v in line.get_data()) for line in tradeoff.lines[:2]] == [(0.1, 25), (0.3, 50)]
+        assert [text.get_text() for text in tradeoff.texts] == ["2", "3"]
+        assert [t.get_text() for t in picture.legends[0].get_texts()] == ["1  a", "2  b\\$x\\$" + "y" * 26 + "…" + "y" * 29, "3  c"]
+    monkeypatch.undo()
+    E.draw(runs)
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
 # ---------------------------------------------------------------- command line
 
 
@@ -1027,7 +1079,7 @@ def test_the_tables_on_the_terminal_in_markdown_and_in_the_file_agree(make_run, 
     ("--judge ollama:m --judge-url http://h:99999999", "--judge-url"), ("--judge-url http://h", "no effect with --judge none"),
     ("--judge model:x --judge-key-env A", "no effect"), ("--pairwise", "--pairwise needs"), ("--judge ollama:m --pairwise", "at least two runs"),
     ("--judge openai:m", "OPENAI_API_KEY holds no key"), ("--judge ollama:m --judge-key-env NO_SUCH_NAME", "NO_SUCH_NAME holds no key"),
-    ("--judge ollama:m --judge-timeout 0", "--judge-timeout 0"), ("--ask x --judge ollama:m", "--ask takes one run"), ("--device cuda:77 --text x", ""),
+    ("--judge ollama:m --judge-timeout 0", "--judge-timeout 0"), ("--ask x --judge ollama:m", "--ask takes one run"), ("--ask x --plot", "--ask takes one run"), ("--device cuda:77 --text x", ""),
 ])
 def test_a_wrong_flag_is_one_line_and_exit_code_two(make_run, capsys, flags, words):
     run = make_run()
