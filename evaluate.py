@@ -50,27 +50,22 @@ import torch.nn.functional as F
 
 
 def read_records(path: str | Path) -> list[dict]:
-    """The records of a JSON-lines file, [] when there is none; made fit for appending.
-
-    A last line that a killed writer left torn is cut off the file. A broken line anywhere else is a
-    ValueError naming file and line.
+    """The records of a JSON-lines file, [] when there is none; made fit for appending: a last line that a killed writer
+    left torn is cut off the file. A broken line anywhere else is a ValueError naming file and line.
     """
-    path = Path(path)
-    if not path.exists():
+    if not Path(path).exists():
         return []
-    lines, records = path.read_bytes().split(b"\n"), []
+    lines, records = Path(path).read_bytes().split(b"\n"), []
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
         try:
-            record = json.loads(line)
-            if not isinstance(record, dict):
+            record = json.loads(line) if line.strip() else None
+            if not isinstance(record, dict | None):
                 raise ValueError("not a JSON object")
         except (ValueError, RecursionError) as error:
             if number == len(lines):
                 break
             raise ValueError(f"{path}, line {number}: {error}; repair or remove the file") from error
-        records.append(record)
+        records += [record] if record is not None else []
     if lines[-1]:  # no newline at the end: torn, or written by someone else
         write_records(path, records)
     return records
@@ -114,10 +109,10 @@ ANSWER_KEYS = ("id", "model_response", "ended", "error")  # of a record: the ans
 
 
 def generate_responses(model, tokenizer, examples: list[dict], prompts: list[list[int]], generate: Callable, *,
-                       max_new_tokens: int = 256, batch_size: int = 64, path: str | Path | None = None,
+                       max_new_tokens: int = 256, batch_size: int = 32, path: str | Path | None = None,
                        progress: Callable | None = None) -> list[dict]:
-    """Answer each example greedily; returns the examples in order, each with three more keys:
-    "id" (its index), "model_response" (text), "ended" (it produced the end token within its limit).
+    """Answer each example greedily; returns the examples in order, each with three more keys: "id" (its index),
+    "model_response" (text), "ended" (it produced the end token within its limit).
 
     prompts: the examples' prompt ids; generate: gpt.generate. Prompts of similar length share a batch.
     With `path`, answers are appended to that JSON-lines file as they come, and those already in it are
@@ -125,26 +120,24 @@ def generate_responses(model, tokenizer, examples: list[dict], prompts: list[lis
     A prompt that fills the model's block_size gets an empty answer and says so under "error".
     Raises ValueError when the file holds answers to other examples.
     """
-    done = {}
+    done, block_size = {}, model.config.block_size
     for record in read_records(path) if path else []:
         i = record.get("id")
-        if not (type(i) is int and 0 <= i < len(examples) and "model_response" in record
-                and all(repr(record.get(key)) == repr(value)  # NaN too equals itself
-                        for key, value in examples[i].items() if key not in ANSWER_KEYS)):
+        same = type(i) is int and 0 <= i < len(examples) and "model_response" in record and all(
+            repr(record.get(key)) == repr(value) for key, value in examples[i].items() if key not in ANSWER_KEYS)  # NaN too equals itself
+        if not same:
             raise ValueError(f"{path} holds answers to other examples (id {i!r}): remove it to answer anew")
         done[i] = record
     todo = sorted(set(range(len(examples))) - set(done), key=lambda i: (-len(prompts[i]), i))
-    block_size = model.config.block_size
     with open(path or os.devnull, "a", encoding="utf-8") as file, eval_mode(model):
         for start in range(0, len(todo), batch_size):
             batch = todo[start : start + batch_size]
             fits = [i for i in batch if len(prompts[i]) < block_size]
-            new_ids = dict(zip(fits, generate(model, [prompts[i] for i in fits], max_new_tokens,
-                                              eos_id=tokenizer.eot_token) if fits else []))
+            answers = generate(model, [prompts[i] for i in fits], max_new_tokens, eos_id=tokenizer.eot_token) if fits else []
+            new_ids = dict(zip(fits, answers))
             for i in batch:
                 ids, room = new_ids.get(i, []), min(max_new_tokens, block_size - len(prompts[i]))
-                text = tokenizer.decode([t for t in ids if t < tokenizer.n_vocab])  # a padded head has more
-                done[i] = {**examples[i], "id": i, "model_response": text, "ended": len(ids) < room}
+                done[i] = {**examples[i], "id": i, "model_response": decode(tokenizer, ids), "ended": len(ids) < room}
                 if room < 1:
                     done[i]["error"] = f"prompt of {len(prompts[i])} tokens, the model takes {block_size - 1}"
             if path:
@@ -155,6 +148,11 @@ def generate_responses(model, tokenizer, examples: list[dict], prompts: list[lis
     if path and todo:
         write_records(path, responses)
     return responses
+
+
+def decode(tokenizer, ids: list[int]) -> str:
+    """The text of ids; a head wider than the vocabulary can give ids that have none."""
+    return tokenizer.decode([t for t in ids if t < tokenizer.n_vocab])
 
 
 # ---------------------------------------------------------------- scores of one answer
@@ -996,16 +994,17 @@ def plot_losses(axes, metrics: list[dict], label: str = "", color: str = COLORS[
 
 def plot_scores(axes, runs: list[Run]) -> None:
     """Exact match, token F1 and judges' scores, each with its 95 % interval; a row for each run."""
-    metrics = ["exact_match", "token_f1", *sorted({m for run in runs for m in run.values if m.startswith("judge-")})]
-    for i, metric in enumerate(metrics):
+    judges = sorted({metric for run in runs for metric in run.values if metric.startswith("judge-")})
+    labels = {"exact_match": "exact match", "token_f1": "token F1"} | {judge: drawable(judge.removesuffix(".jsonl")) for judge in judges}
+    for i, (metric, label) in enumerate(labels.items()):
         style = {"marker": MARKERS[i % len(MARKERS)], "markeredgecolor": "white", "markersize": 7}
         for row, run in enumerate(runs):
-            if values := [v * (1 if metric.startswith("judge-") else 100) for v in run.values.get(metric, {}).values()]:
-                y, low_high = row + 0.6 * ((i + 0.5) / len(metrics) - 0.5), bootstrap_interval(values) or [mean(values)] * 2
-                axes.plot(low_high, [y, y], color=COLORS[row % len(COLORS)])
-                axes.plot(mean(values), y, color=COLORS[row % len(COLORS)], **style)
-                axes.annotate(f"{mean(values):.1f}", (low_high[1], y), (6, 0), textcoords="offset points", va="center", fontsize=7)
-        label = {"exact_match": "exact match", "token_f1": "token F1"}.get(metric, drawable(metric.removesuffix(".jsonl")))
+            if values := [v * (1 if metric in judges else 100) for v in run.values.get(metric, {}).values()]:
+                y, color = row + 0.6 * ((i + 0.5) / len(labels) - 0.5), COLORS[row % len(COLORS)]
+                low, high = bootstrap_interval(values) or [mean(values)] * 2
+                axes.plot([low, high], [y, y], color=color)
+                axes.plot(mean(values), y, color=color, **style)
+                axes.annotate(f"{mean(values):.1f}", (high, y), (6, 0), textcoords="offset points", va="center", fontsize=7)
         axes.plot([], [], color="gray", linestyle="", label=label, **style)
     axes.set(xlim=(-3, 109), ylim=(len(runs) - 0.5, -0.5), xlabel="% (judges: 0 to 100), with 95 % intervals")
     axes.set_yticks(range(len(runs)), range(1, len(runs) + 1))
@@ -1100,7 +1099,7 @@ def parse_args(argv=None):
                        help="the server (default: http://127.0.0.1:11434 or https://api.openai.com)")
     group.add_argument("--judge-key-env", metavar="NAME", help="environment variable with the server's key (default: "
                        "OPENAI_API_KEY for openai:, sent only over https or to this machine)")
-    group.add_argument("--judge-timeout", type=float, default=120, metavar="SECONDS", help="limit of a reply (default: 120)")
+    group.add_argument("--judge-timeout", type=float, metavar="SECONDS", help="a server's limit for a reply (default: 120)")
     group.add_argument("--pairwise", action="store_true", help="let the judge compare each run with the first, in both orders")
     args = parser.parse_args(argv)
 
@@ -1108,12 +1107,14 @@ def parse_args(argv=None):
     server = kind in ("ollama", "openai")
     if args.judge != "none" and not (model and (server or kind == "model")):
         parser.error(f"--judge {args.judge}: none, ollama:MODEL, openai:MODEL or model:FOLDER")
-    if not server and (args.judge_url or args.judge_key_env):
-        parser.error(f"--judge-url and --judge-key-env have no effect with --judge {args.judge}")
+    if not server and (args.judge_url or args.judge_key_env or args.judge_timeout is not None):
+        parser.error(f"--judge-url, --judge-key-env and --judge-timeout have no effect with --judge {args.judge}")
     if args.pairwise and (args.judge == "none" or len(args.runs) < 2):
         parser.error("--pairwise needs a --judge and at least two runs")
     if args.ask is not None and (len(args.runs) > 1 or args.judge != "none" or args.text or args.markdown or args.plot):
         parser.error("--ask takes one run, and no flag of the report")
+    if args.judge_timeout is None:
+        args.judge_timeout = 120.0
     if not 0 < args.judge_timeout < math.inf:
         parser.error(f"--judge-timeout {args.judge_timeout}: must be above 0")
     args.key = judge_key(args, kind, parser)
@@ -1122,17 +1123,16 @@ def parse_args(argv=None):
 
 def judge_key(args, kind: str, parser) -> str | None:
     """The server's key. One that was not named for this server does not travel unencrypted."""
-    name = args.judge_key_env or ("OPENAI_API_KEY" if kind == "openai" else None)
-    key = os.environ.get(name, "").strip() if name else None
-    url = urllib.parse.urlsplit(args.judge_url or "")
-    if not args.judge_key_env and url.scheme == "http" and not is_loopback(url.hostname):
+    name, url = args.judge_key_env or ("OPENAI_API_KEY" if kind == "openai" else None), urllib.parse.urlsplit(args.judge_url or "")
+    if not name or not args.judge_key_env and url.scheme == "http" and not is_loopback(url.hostname):
         return None
-    if name and not key and (args.judge_key_env or not args.judge_url):
+    key = os.environ.get(name, "").strip()
+    if not key and (args.judge_key_env or not args.judge_url):
         which = name if re.fullmatch("[A-Z_]+", name) else "named by --judge-key-env"  # it may be the key itself
         parser.error(f"--judge {args.judge}: the environment variable {which} holds no key")
-    if key and not re.fullmatch(r"[!-~]+", key):
+    if not re.fullmatch(r"[!-~]*", key):
         parser.error(f"the key in {name} holds characters that cannot be sent")
-    return key
+    return key or None
 
 
 def make_judge(args) -> Judge | None:
@@ -1255,6 +1255,8 @@ def score_run(folder: Path, text: Path | None, device: str) -> Run:
         responses, scores = model_scores(folder, text, device)
     else:
         responses = [{**r, "id": i} for i, r in enumerate(read_records(path))]
+        if text and responses:
+            raise ValueError(f"--text {text}: {folder} holds answers only, no model to measure it with")
     if not responses:
         raise FileNotFoundError(f"{folder} is not a run folder: it has neither run.json nor responses.jsonl")
     for i, r in enumerate(responses, 1):
@@ -1333,19 +1335,15 @@ def ask(folder: Path, text: str, device: str) -> None:
 
     template = run_info(folder)["template"]
     model, tokenizer = load_model(str(folder), device)
-    for instruction in [text] if text else typed_lines():
+    while True:
+        try:
+            instruction = text or input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
         prompt = tokenizer.encode_ordinary(format_prompt({"instruction": instruction, "input": ""}, template))
-        ids = generate(model, [prompt], model.config.block_size, eos_id=tokenizer.eot_token)[0]
-        say(tokenizer.decode([t for t in ids if t < tokenizer.n_vocab]).strip())
-
-
-def typed_lines():
-    """The lines of the standard input; on a terminal, asked for."""
-    try:
-        while True:
-            yield input("> " if sys.stdin.isatty() else "")
-    except EOFError:
-        return
+        say(decode(tokenizer, generate(model, [prompt], model.config.block_size, eos_id=tokenizer.eot_token)[0]).strip())
+        if text:
+            return
 
 
 def main(argv=None) -> int:

@@ -1077,9 +1077,11 @@ def test_the_tables_on_the_terminal_in_markdown_and_in_the_file_agree(make_run, 
     ("--judge ollama:m --judge-url file:///etc/passwd", "--judge-url: an http"), ("--judge ollama:m --judge-url localhost:1", "--judge-url: an http"),
     ("--judge ollama:m --judge-url http://u:secret@h", "--judge-url: an http"), ("--judge ollama:m --judge-url http://h/?key=secret", "--judge-url"),
     ("--judge ollama:m --judge-url http://h:99999999", "--judge-url"), ("--judge-url http://h", "no effect with --judge none"),
-    ("--judge model:x --judge-key-env A", "no effect"), ("--pairwise", "--pairwise needs"), ("--judge ollama:m --pairwise", "at least two runs"),
+    ("--judge model:x --judge-key-env A", "no effect"), ("--judge-timeout 9", "--judge-timeout have no effect with --judge none"),
+    ("--pairwise", "--pairwise needs"), ("--judge ollama:m --pairwise", "at least two runs"),
     ("--judge openai:m", "OPENAI_API_KEY holds no key"), ("--judge ollama:m --judge-key-env NO_SUCH_NAME", "NO_SUCH_NAME holds no key"),
-    ("--judge ollama:m --judge-timeout 0", "--judge-timeout 0"), ("--ask x --judge ollama:m", "--ask takes one run"), ("--ask x --plot", "--ask takes one run"), ("--device cuda:77 --text x", ""),
+    ("--judge ollama:m --judge-timeout 0", "--judge-timeout 0"), ("--ask x --judge ollama:m", "--ask takes one run"), ("--ask x --plot", "--ask takes one run"),
+    ("--device cuda:77 --text x", ""),
 ])
 def test_a_wrong_flag_is_one_line_and_exit_code_two(make_run, capsys, flags, words):
     run = make_run()
@@ -1107,6 +1109,11 @@ def test_a_folder_that_cannot_be_scored_is_one_line_and_exit_code_one(make_run, 
     assert E.main([str(run)]) == 1
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and words in err
+
+
+def test_a_text_is_refused_where_there_is_no_model_to_measure_it_with(make_run, capsys):
+    assert E.main([str(make_run()), "--text", "x"]) == 1
+    assert "holds answers only" in capsys.readouterr().err
 
 
 def test_the_key_comes_from_the_environment_and_is_written_nowhere(make_run, server, monkeypatch, capsys):
