@@ -173,6 +173,12 @@ def run_block(block: Block, x: Tensor, wanted: Tensor | None) -> Tensor:
     return block(x, wanted=wanted)
 
 
+def embedding(rows: int, width: int) -> nn.Embedding:
+    """nn.Embedding; on the meta device without drawing its weights, for which torch would import its compiler (a second)."""
+    weight = torch.empty(rows, width)
+    return nn.Embedding(rows, width, _weight=weight if weight.is_meta else None)
+
+
 class GPT(nn.Module):
     """GPT-2. Calling it gives logits (B, T, V); `features` stops before the head."""
 
@@ -180,15 +186,16 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.run_block = run_block  # can be replaced, by its compiled form or one that recomputes activations
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.wte = embedding(config.vocab_size, config.n_embd)
+        self.wpe = embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.wte.weight
-        self._init_weights()
+        if not self.wte.weight.is_meta:
+            self._init_weights()
 
     def _init_weights(self):
         # As GPT-2: normal(0, 0.02), and the layers that write to the residual stream scaled down by

@@ -116,6 +116,13 @@ def test_parameter_counts_are_those_published(size, count):
     assert sum(p.numel() for p in model.parameters()) == count
 
 
+def test_a_model_without_weights_is_made_without_drawing_them(monkeypatch):
+    """On the meta device torch imports its compiler to draw from a normal distribution, a second for every start."""
+    monkeypatch.setattr(torch.nn.init, "normal_", None)
+    with torch.device("meta"):
+        assert GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8)).wte.weight.shape == (50257, 8)
+
+
 def test_the_tied_head_is_the_embedding_and_an_untied_one_is_not(folder):
     tied, untied = GPT.from_pretrained(folder), GPT.from_pretrained(folder, tie_word_embeddings=False)
     assert tied.lm_head.weight is tied.wte.weight
