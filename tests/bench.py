@@ -3,21 +3,23 @@ Speed and memory, side by side in one run: this project, and the loop that most 
 
 The plain loop: random batches of 8 padded to the longest, logits everywhere, cross_entropy's ignore_index,
 AdamW and allocator as they come; LoRA wrapped around nn.Linear; generation of one prompt at a time, all of
-it computed again for each token. It is given this project's model, which is faster than most.
+it computed again for each token. It is given this project's model, which is faster than most. This project
+is finetune.py itself, with the flags that are named; only the clock is put around its `take_step`.
 
 Every variant runs in a process of its own, with its own allocator and its own peak memory. The processes take
 turns, step by step, over the same records, so that a noisy machine slows all of them, and what is reported
 is the median of the per-step ratios of tokens per second. GPT-2 small's shape, random weights, loss on the
 answers of ../shared/data/instruction-data.json, as many threads as torch takes (OMP_NUM_THREADS).
 
-    python tests/bench.py                             # all but the slow ones
+    python tests/bench.py                             # every bar: a quarter of an hour on two cores
     python tests/bench.py --only full,lora --steps 24
-    python tests/bench.py --only million,long,xl      # the slow ones
     python tests/bench.py --quick                     # a cut-down shape and few steps: does every line run
 """
 
 import argparse
+import inspect
 import json
+import math
 import os
 import platform
 import random
@@ -37,28 +39,55 @@ GiB = 2**30
 
 
 # ---------------------------------------------------------------------------------------------
-# what is measured: each of WORKERS runs in a process of its own and returns a function that answers requests
+# what is measured: each of WORKERS runs in a process of its own and returns its figures; those that take turns
+# wait for turn() before each step and reply() with the step's figures
+
+
+def turn() -> dict | None:
+    """The parent's next request, or None when there are no more."""
+    return json.loads(sys.stdin.readline() or "null")
+
+
+def reply(figures: dict) -> None:
+    """Send figures to the parent."""
+    print(json.dumps(figures), file=REPLIES, flush=True)
 
 
 def make_model(folder, shape):
-    """Write a model folder of random weights, with GPT-2's tokenizer."""
+    """Write a model folder of random weights, with GPT-2's tokenizer; "narrow": with the embedded model's, small and fast."""
     import torch
     from data import load_tokenizer, save_tokenizer
     from gpt import GPT, GPTConfig
 
     torch.manual_seed(0)
-    n_layer, n_head, n_embd = SHAPES[shape]
-    GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd)).save_pretrained(folder)
-    save_tokenizer(load_tokenizer(SHARED / "gpt2"), folder)
-    return lambda request: {}
+    tokenizer = load_tokenizer("tiny" if shape == "narrow" else SHARED / "gpt2")
+    n_layer, n_head, n_embd = SHAPES.get(shape, (2, 2, 32))
+    GPT(GPTConfig(tokenizer.n_vocab, 1024, n_layer, n_head, n_embd)).save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
 
 
-def encoded_records(part):
-    """The training (0), validation (1) or test (2) part of the records, encoded."""
+def training_part(file, folder):
+    """The records of the file's training part, encoded."""
     from data import encode_examples, load_examples, load_tokenizer, split_examples
 
-    examples = split_examples(load_examples(SHARED / "instruction-data.json"))[part]
-    return encode_examples(examples, load_tokenizer(SHARED / "gpt2"))[0]
+    return encode_examples(split_examples(load_examples(file))[0], load_tokenizer(folder))[0]
+
+
+def clock(device) -> float:
+    """Seconds, once the device has done what it was given."""
+    import torch
+
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak(device) -> int:
+    """Bytes of this process, or on the GPU, at their most."""
+    import finetune
+    import torch
+
+    return finetune.peak_memory(torch.device(device))
 
 
 def needed_flops(config, batch, policy):
@@ -80,38 +109,50 @@ def needed_flops(config, batch, policy):
     return (3 if policy == "all" else 2) * ((L - 1) * block + last + head)
 
 
-def stepper(step, batches, longest, config, policy, device, prove=lambda: None):
-    """The replies of a training loop: to {"step": i} its figures, to {} its peak memory."""
+def step_figures(seconds, config, batch, policy):
+    """What is replied after a step."""
+    return {"seconds": seconds, "tokens": sum(len(e.ids) for e in batch), "flops": needed_flops(config, batch, policy)}
+
+
+def our_train(folder, file, policy, size=8, device="cpu", flags=(), skip=0):
+    """finetune.py with these flags. It takes turns from its step number `skip` on, and ends by itself."""
     import finetune
-    import torch
 
-    def answer(request):
-        if not request:
-            step(longest)  # a run's peak is that of its longest batch
-            return {"proof": prove(), "peak": finetune.peak_memory(torch.device(device))}
-        batch = batches[request["step"] % len(batches)]
-        start = time.perf_counter()
-        loss = step(batch)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return {"seconds": time.perf_counter() - start, "tokens": sum(len(e.ids) for e in batch), "loss": loss,
-                "flops": needed_flops(config, batch, policy)}
+    take_step, mean_loss = finetune.take_step, finetune.mean_loss
+    signature, steps, validations, plans, over = inspect.signature(take_step), 0, [], [], False
 
-    return answer
+    def timed_step(*args, **more):
+        nonlocal steps, over
+        given = signature.bind(*args, **more).arguments
+        over = over or steps >= skip and turn() is None
+        begin = clock(device)
+        result = take_step(*args, **more)
+        if steps >= skip and not over:
+            reply(step_figures(clock(device) - begin, given["model"].config, given["batch"], policy))
+        steps += 1
+        plans[:] = [given["plan"]]
+        return result
+
+    def timed_validation(*args, **more):
+        begin = clock(device)
+        result = mean_loss(*args, **more)
+        validations.append(clock(device) - begin)
+        return result
+
+    finetune.take_step, finetune.mean_loss = timed_step, timed_validation
+    with tempfile.TemporaryDirectory() as out:
+        lora = ["--lora-r", "16"] * (policy == "lora")
+        argv = ["--model", folder, "--data", file, "--out", f"{out}/run", "--trainable", policy, *lora, "--batch-size", str(size),
+                "--device", device, "--epochs", "1", "--no-responses", "--eval-every", "1000000", *flags]
+        if code := finetune.main(argv):
+            sys.exit(code)
+    return {"peak": peak(device), "proof": plans[0].seconds, "validations": validations}
 
 
-def draw(steps, size):
-    """(records enough for so many steps, drawn at random: the same for every loop; the longest batch of all)."""
-    records = encoded_records(0)
-    return random.Random(0).sample(records, min(size * steps, len(records))), sorted(records, key=lambda e: len(e.ids))[-size:]
-
-
-def plain_train(folder, policy, steps, size=8):
+def plain_train(folder, file, policy, size=8):
     """The plain loop, with the usual ways to train less than everything."""
     import torch
     import torch.nn as nn
-    import torch.nn.functional as F
-    from data import collate
     from gpt import GPT
 
     class WithLoRA(nn.Module):
@@ -132,26 +173,11 @@ def plain_train(folder, policy, steps, size=8):
     elif policy in BLOCKS:
         for module in (*model.h[-BLOCKS[policy]:], model.ln_f):
             module.requires_grad_(True)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-5, weight_decay=0.1)
-
-    def step(batch):
-        inputs, targets = collate(batch)
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), ignore_index=-100)
-        loss.backward()
-        optimizer.step()
-        return loss.item()
-
-    sample, longest = draw(steps, size)
-    batches = [sample[i:i + size] for i in range(0, len(sample), size)]
-    return stepper(step, batches, longest, model.config, policy, "cpu")
+    return other_train(model, model.config, lambda inputs, mask: model(inputs), folder, file, policy, size)
 
 
-def hf_train(folder, policy, steps, size=8, device="cpu", dtype="fp32"):
+def hf_train(folder, file, policy, size=8, device="cpu", bf16=False):
     """transformers' model, peft's adapters, and what transformers' Trainer does in a step by default."""
-    import torch
-    import torch.nn.functional as F
-    from data import collate
     from gpt import read_config
     from transformers import GPT2LMHeadModel
 
@@ -159,72 +185,51 @@ def hf_train(folder, policy, steps, size=8, device="cpu", dtype="fp32"):
     if policy == "lora":
         from peft import LoraConfig, get_peft_model
         model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True))
-    model.to(device).train()
+    logits = lambda inputs, mask: model(input_ids=inputs, attention_mask=mask).logits
+    return other_train(model.to(device).train(), read_config(Path(folder) / "config.json"), logits, folder, file, policy, size,
+                       device, bf16, fused=True, clip=1.0)
+
+
+def other_train(model, config, logits, folder, file, policy, size, device="cpu", bf16=False, fused=None, clip=None):
+    """Take turns on random batches, and then one step on the longest records, which a run's peak comes from."""
+    import torch
+    import torch.nn.functional as F
+    from data import collate
+
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=5e-5, fused=True)
+    optimizer = torch.optim.AdamW(trained, lr=5e-5, weight_decay=0.1, fused=fused)
 
     def step(batch):
         inputs, targets = (t.to(device) for t in collate(batch))
         mask = torch.tensor([[int(i < len(e.ids) - 1) for i in range(inputs.shape[1])] for e in batch], device=device)
-        with torch.autocast(device, torch.bfloat16, enabled=dtype == "bf16"):
-            logits = model(input_ids=inputs, attention_mask=mask).logits
-        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
         optimizer.zero_grad()
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            predicted = logits(inputs, mask)
+        loss = F.cross_entropy(predicted.float().flatten(0, 1), targets.flatten(), ignore_index=-100)
+        loss.backward()
+        if clip:
+            torch.nn.utils.clip_grad_norm_(trained, clip)
+        optimizer.step()
         return loss.item()
 
-    sample, longest = draw(steps, size)
-    batches = [sample[i:i + size] for i in range(0, len(sample), size)]
-    return stepper(step, batches, longest, read_config(Path(folder) / "config.json"), policy, device)
-
-
-def our_train(folder, policy, steps, size=8, device="cpu", dtype="fp32", flags=(), length=None):
-    """finetune.py's own functions in the order of its loop. `length`: records of so many ids, loss on all."""
-    import finetune
-    import torch
-    from data import Encoded, batches
-
-    if hasattr(finetune, "keep_memory"):
-        finetune.keep_memory()
-    args = finetune.parse_args(["--model", folder, "--trainable", policy, "--batch-size", str(size), "--device", device,
-                                "--dtype", dtype, *flags, *["--lora-r", "16"] * (policy == "lora"), *["--loss-on", "all"] * bool(length)])
-    machine = finetune.join_processes(finetune.choose_device(args.device), args.dtype)
-    model, _ = finetune.load_model(args, *finetune.locate(args.model))
-    model.to(machine.device)
-    sample, longest = draw(steps, size * args.grad_accum)
-    if length:
-        sample = longest = [Encoded([(7 * i + row) % 50257 for i in range(length)], 1) for row in range(size)]
-    plan, optimizer = finetune.prepare_plan(args, model, sample)
-    order = [[sample[i] for i in batch] for batch in batches([len(e.ids) for e in sample], size * args.grad_accum, 123, 0)]
-    prefix, taken = [], 0
-    if "--cache-prefix" in flags:
-        known = list({id(e): e for e in sample + longest}.values())
-        prefix = [finetune.Prefix(model, plan, known, size, tempfile.gettempdir())]
-
-    def step(batch):
-        nonlocal taken
-        plan.set_modes(model.train())
-        loss, _ = finetune.take_step(model, plan, optimizer, batch, 1.0, taken, args, machine, *prefix)
-        taken += 1
-        return loss
-
-    def prove():
-        plan.check_model(model)
-        plan.check_optimizer(optimizer)
-        plan.check_unchanged(model, trained=taken > 1)
-        return plan.seconds
-
-    for batch in order if prefix else []:  # the first epoch fills the cache
+    records = training_part(file, folder)
+    longest = sorted(records, key=lambda e: len(e.ids))[-size:]
+    random.Random(0).shuffle(records)
+    batches = [records[i:i + size] for i in range(0, len(records), size)]
+    while turn() is not None:
+        batches.append(batch := batches.pop(0))
+        begin = clock(device)
         step(batch)
-    return stepper(step, order, longest, model.config, policy, machine.device.type, prove)
+        reply(step_figures(clock(device) - begin, config, batch, policy))
+    step(longest)
+    return {"peak": peak(device)}
 
 
 def generation(folder, kind, device="cpu"):
-    """`new` tokens for each of some test prompts, longest first: "plain" (one prompt of each request), "ours" or "hf"."""
+    """`new` tokens for each of some test prompts, longest first: "ours", "plain" (one prompt of each request) or "hf"."""
     import finetune
     import torch
+    from data import encode_examples, load_examples, load_tokenizer, split_examples
     from gpt import GPT, generate
 
     if kind == "hf":
@@ -234,7 +239,8 @@ def generation(folder, kind, device="cpu"):
         model = GPT.from_pretrained(folder).eval().to(device)
     if kind == "ours" and hasattr(finetune, "keep_memory"):
         finetune.keep_memory()
-    prompts = sorted((e.ids[:e.n_prompt] for e in encoded_records(2)), key=lambda ids: -len(ids))
+    test = split_examples(load_examples(SHARED / "instruction-data.json"))[2]
+    prompts = sorted((e.ids[:e.n_prompt] for e in encode_examples(test, load_tokenizer(folder))[0]), key=lambda ids: -len(ids))
 
     @torch.no_grad()
     def run(batch, new):
@@ -250,21 +256,16 @@ def generation(folder, kind, device="cpu"):
             mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in batch], device=device)
             model.generate(idx, attention_mask=mask, do_sample=False, max_new_tokens=new, min_new_tokens=new, pad_token_id=0)
 
-    def answer(request):
-        if not request:
-            return {"peak": finetune.peak_memory(torch.device(device))}
+    while request := turn():
         start, end = request["prompts"]
         chosen = prompts[start:end]
         chosen = chosen[len(chosen) // 2:][:1] if kind == "plain" else chosen
-        size = 16 if kind == "hf" else 32  # what evaluate.generate_responses takes
-        begin = time.perf_counter()
+        size = 16 if kind == "hf" else 64  # its best; what evaluate.generate_responses takes
+        begin = clock(device)
         for i in range(0, len(chosen), size):
             run(chosen[i:i + size], request["new"])
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return {"seconds": time.perf_counter() - begin, "tokens": len(chosen) * request["new"]}
-
-    return answer
+        reply({"seconds": clock(device) - begin, "tokens": len(chosen) * request["new"]})
+    return {"peak": peak(device)}
 
 
 def machine(n_embd, device="cpu", size=8):
@@ -274,35 +275,32 @@ def machine(n_embd, device="cpu", size=8):
     def rate(f, flops):
         times = []
         for _ in range(10):
-            start = time.perf_counter()
+            start = clock(device)
             f()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
+            times.append(clock(device) - start)
         return flops / min(times) / 1e9
 
     rows, C, table = 57 * size, n_embd, {}
-    for dtype in (torch.float32, torch.bfloat16):
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         for M, K, N in ((rows, C, 3 * C), (rows, C, C), (rows, C, 4 * C), (rows, 4 * C, C), (rows // 4, C, 50257)):
             x, w, g = (torch.randn(*shape, device=device).to(dtype) for shape in ((M, K), (N, K), (M, N)))
-            table[f"{'fp32' if dtype == torch.float32 else 'bf16'} {M} x {K} x {N}"] = [
-                rate(f, 2 * M * K * N) for f in (lambda: x @ w.T, lambda: g @ w, lambda: g.T @ x)]
-    return lambda request: {"table": table, "threads": torch.get_num_threads(), "torch": torch.__version__,
-                            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
+            table[f"{name} {M} x {K} x {N}"] = [rate(f, 2 * M * K * N) for f in (lambda: x @ w.T, lambda: g @ w, lambda: g.T @ x)]
+    return {"table": table, "threads": torch.get_num_threads(), "torch": torch.__version__,
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
 
 
 def padding():
     """Share of a run's positions that are padding: in this project's batches of 8, and in random ones."""
     from data import batches
 
-    lengths = [len(e.ids) - 1 for e in encoded_records(0)]
+    lengths = [len(e.ids) - 1 for e in training_part(SHARED / "instruction-data.json", SHARED / "gpt2")]
     drawn = random.Random(0).sample(lengths, len(lengths))
     share = lambda rows: 1 - sum(lengths) / sum(len(row) * max(row) for row in rows)
-    return lambda request: {"ours": share([[lengths[i] for i in b] for b in batches(lengths, 8, 123, 0)]),
-                            "random": share([drawn[i:i + 8] for i in range(0, len(drawn), 8)])}
+    return {"ours": share([[lengths[i] for i in b] for b in batches(lengths, 8, 123, 0)]),
+            "random": share([drawn[i:i + 8] for i in range(0, len(drawn), 8)])}
 
 
-def records_file(path, n):
+def numbered_records(path, n):
     """Write n records as JSON lines: those at hand, numbered so that no two are alike."""
     examples = json.loads((SHARED / "instruction-data.json").read_text(encoding="utf-8"))
     with open(path, "w", encoding="utf-8") as file:
@@ -313,40 +311,34 @@ def records_file(path, n):
 
 def tokenize(n):
     """Read n records from JSON lines, encode them, put them in batches."""
-    import finetune
-    import torch
     from data import batches, encode_examples, load_examples, load_tokenizer
 
-    tokenizer = load_tokenizer(SHARED / "gpt2")
+    tokenizer, before = load_tokenizer(SHARED / "gpt2"), peak("cpu")
     with tempfile.TemporaryDirectory() as folder:
-        records_file(Path(folder) / "records.jsonl", n)
+        numbered_records(f"{folder}/records.jsonl", n)
         begin = time.perf_counter()
-        examples = load_examples(Path(folder) / "records.jsonl")
+        examples = load_examples(f"{folder}/records.jsonl")
         read = time.perf_counter()
     encoded, _ = encode_examples(examples, tokenizer)
     tokenized = time.perf_counter()
     batches([len(e.ids) for e in encoded], 8, 123, 0)
-    figures = {"read": read - begin, "tokenize": tokenized - read, "batch": time.perf_counter() - tokenized,
-               "tokens": sum(len(e.ids) for e in encoded), "peak": finetune.peak_memory(torch.device("cpu"))}
-    return lambda request: figures
+    return {"read": read - begin, "tokenize": tokenized - read, "batch": time.perf_counter() - tokenized, "bytes": peak("cpu") - before}
 
 
-def whole_run(n):
-    """finetune.py on n records for one epoch of the embedded model's last block: how long, and how its steps last."""
-    with tempfile.TemporaryDirectory() as folder:
-        records_file(Path(folder) / "records.jsonl", n)
+def whole_run(folder, n):
+    """finetune.py on n records for one epoch: how long it takes, and how the time for a token grows during the run."""
+    with tempfile.TemporaryDirectory() as temp:
+        numbered_records(f"{temp}/records.jsonl", n)
         begin = time.perf_counter()
-        subprocess.run([sys.executable, ROOT / "finetune.py", "--data", f"{folder}/records.jsonl", "--out", f"{folder}/run",
-                        "--trainable", "last_block", "--epochs", "1", "--batch-size", "32", "--no-responses"],
-                       check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([sys.executable, ROOT / "finetune.py", "--model", folder, "--data", f"{temp}/records.jsonl", "--out",
+                        f"{temp}/run", "--epochs", "1", "--batch-size", "32", "--no-responses"], check=True, stdout=subprocess.DEVNULL)
         seconds = time.perf_counter() - begin
-        lines = [json.loads(text) for text in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
-    steps = [entry for entry in lines if entry["train_loss"] is not None]
-    lasted = [(b["seconds"] - a["seconds"]) / (b["tokens"] - a["tokens"]) for a, b in zip(steps, steps[1:]) if b["val_loss"] is None]
+        lines = [json.loads(text) for text in Path(temp, "run", "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["train_loss"] is not None]
+    pairs = [(a, b) for a, b in zip(steps, steps[1:]) if b["val_loss"] is None]
+    lasted = [(b["seconds"] - a["seconds"]) / (b["tokens"] - a["tokens"]) for a, b in pairs]
     quarter = max(1, len(lasted) // 4)
-    figures = {"seconds": seconds, "steps": len(steps),
-               "growth": statistics.median(lasted[-quarter:]) / statistics.median(lasted[:quarter])}
-    return lambda request: figures
+    return {"seconds": seconds, "steps": len(steps), "growth": statistics.median(lasted[-quarter:]) / statistics.median(lasted[:quarter])}
 
 
 def start_up():
@@ -357,21 +349,10 @@ def start_up():
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             seconds = next(time.perf_counter() - begin for text in process.stdout if text.startswith("step 1/"))
             process.stdout.read()
-    return lambda request: {"seconds": seconds}
+    return {"seconds": seconds}
 
 
-WORKERS = {f.__name__: f for f in (make_model, plain_train, hf_train, our_train, generation, machine, padding, tokenize,
-                                   whole_run, start_up)}
-
-
-def serve(name, options):
-    """In the child: requests come as lines of JSON, replies go the same way."""
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever else prints
-    sys.path.insert(0, str(ROOT))
-    answer = WORKERS[name](**options)
-    for text in sys.stdin:
-        print(json.dumps(answer(json.loads(text))), file=replies, flush=True)
+WORKERS = {f.__name__: f for f in (make_model, our_train, plain_train, hf_train, generation, machine, padding, tokenize, whole_run, start_up)}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -383,15 +364,15 @@ class Failed(RuntimeError):
 
 
 class Worker:
-    """A child process that runs one of WORKERS; `ask` sends it a request and waits for the reply."""
+    """A child process that runs one of WORKERS."""
 
     def __init__(self, name, **options):
         self.log = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen([sys.executable, __file__, "--worker", name, json.dumps(options)], text=True,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log)
 
-    def ask(self, **request):
-        """The reply; Failed if the process has ended."""
+    def ask(self, request):
+        """Send a request, or None for the last one, and wait for the figures; Failed if the process has ended."""
         try:
             print(json.dumps(request), file=self.process.stdin, flush=True)
         except BrokenPipeError:
@@ -404,33 +385,32 @@ class Worker:
 
     def close(self):
         """End the process."""
+        self.process.kill()
         self.process.communicate()
 
 
 def once(name, **options):
-    """The one reply of a worker."""
-    worker = Worker(name, **options)
-    try:
-        return worker.ask()
-    finally:
-        worker.close()
+    """The figures of a worker that takes no turns."""
+    return take_turns({name: (name, options)}, [])[name][-1]
 
 
 def take_turns(variants, requests):
     """
-    Start the variants, name -> (worker, options), and send each request to all of them in turn, the first
-    one twice to warm up. Returns {name: replies}, the last of which is the one to {}; says which failed.
+    Start the variants, name -> (worker, options), and send each request to all of them in turn, the first one twice
+    to warm up. Returns {name: list of figures}, the last of which are those of the whole. Says which failed; Failed if all did.
     """
     workers, replies = {}, {}
     try:
         for name, (worker, options) in variants.items():
             workers[name], replies[name] = Worker(worker, **options), []
-        for i, request in enumerate([requests[0], *requests, {}]):
+        for i, request in enumerate([*requests[:1], *requests, None]):
             for name in list(replies):
                 try:
-                    replies[name] += [workers[name].ask(**request)][not i:]
+                    replies[name] += [workers[name].ask(request)][i == 0 and request is not None:]
                 except Failed as error:
                     del replies[name]
+                    if not replies:
+                        raise
                     report(name, f"not measured: {error}")
     finally:
         for worker in workers.values():
@@ -441,42 +421,50 @@ def take_turns(variants, requests):
 def report(name, measured, bar="", met=None):
     """One line; a cut-down shape says nothing about the bars."""
     met = None if "--quick" in sys.argv else met
-    print(f"{name:52} {measured:28} {bar:22} {'' if met is None else 'met' if met else 'NOT MET'}".rstrip(), flush=True)
-
-
-def ratio(ours, theirs):
-    """Median over the steps of how many times as many tokens per second `ours` are as `theirs`."""
-    return statistics.median(a["tokens"] / a["seconds"] / (b["tokens"] / b["seconds"]) for a, b in zip(ours[:-1], theirs[:-1]))
+    print(f"{name:58} {measured:32} {bar:22} {'' if met is None else 'met' if met else 'NOT MET'}".rstrip(), flush=True)
 
 
 def compare(replies, bars, beside="plain loop"):
-    """A line for each variant beside the one whose name ends in `beside`; `bars`: name -> least ratio."""
-    other = next(own for name, own in replies.items() if name.endswith(beside))
+    """
+    A line for each variant beside the one whose name ends in `beside`: the median over the steps of how many times as
+    many tokens it does in a second. `bars`: name -> least ratio.
+    """
+    other = next((own for name, own in replies.items() if name.endswith(beside)), None)
     for name, own in replies.items():
-        if own is other and beside != "plain loop":
-            continue
-        speed = sum(r["tokens"] for r in own[:-1]) / sum(r["seconds"] for r in own[:-1])
-        times, bar = ratio(own, other), bars.get(name)
-        report(name, f"{times:.2f} x {beside}, {speed:,.0f} tok/s", f"at least {bar} x" if bar else "", times >= bar if bar else None)
+        if other and (own is not other or beside == "plain loop"):
+            speed = sum(r["tokens"] for r in own[:-1]) / sum(r["seconds"] for r in own[:-1])
+            times = statistics.median(a["tokens"] / a["seconds"] * b["seconds"] / b["tokens"] for a, b in zip(own[:-1], other[:-1]))
+            bar = bars.get(name)
+            report(name, f"{times:.2f} x {beside}, {speed:,.0f} tok/s", f"at least {bar} x" if bar else "", times >= bar if bar else None)
 
 
 def report_memory(replies, bars):
     """A line for each variant's peak; `bars`: name -> most GiB."""
     for name, own in replies.items():
-        peak, bar = own[-1]["peak"] / GiB, bars.get(name)
-        report(f"{name}: peak memory", f"{peak:.2f} GiB", f"at most {bar} GiB" if bar else "", peak <= bar if bar else None)
+        most, bar = own[-1]["peak"] / GiB, bars.get(name)
+        report(f"{name}: peak memory", f"{most:.2f} GiB", f"at most {bar} GiB" if bar else "", most <= bar if bar else None)
 
 
-def share_of_peak(name, own, peak, bar=None):
+def share_of_peak(name, own, rate, bar=None):
     """A line: needed GFLOP/s, as a share of what the machine's matrix products reach."""
     done = sum(r["flops"] for r in own[:-1]) / sum(r["seconds"] for r in own[:-1]) / 1e9
-    report(f"{name}: needed GFLOP/s of {peak:,.0f}", f"{done:,.0f} = {done / peak:.0%}", f"at least {bar:.0%}" if bar else "",
-           done / peak >= bar if bar else None)
+    report(f"{name}: needed GFLOP/s of {rate:,.0f}", f"{done:,.0f} = {done / rate:.0%}", f"at least {bar:.0%}" if bar else "",
+           done / rate >= bar if bar else None)
 
 
-def peaks(figures):
+def best_rates(figures):
     """The best rate of any shape, for each dtype."""
     return {dtype: max(max(rates) for name, rates in figures["table"].items() if name.startswith(dtype)) for dtype in ("fp32", "bf16")}
+
+
+def some_records(args, steps, size=8):
+    """A file whose training part is so many batches of the training records, the longest batch among them."""
+    examples = json.loads((SHARED / "instruction-data.json").read_text(encoding="utf-8"))[:935]
+    longest = sorted(examples, key=lambda e: -len("".join(e.values())))[:size]
+    chosen = longest + random.Random(0).sample([e for e in examples if e not in longest], min(size * (steps - 1), 935 - size))
+    path = Path(args.folder) / f"{steps} x {size}.json"
+    path.write_text(json.dumps((chosen * 2)[:math.ceil(len(chosen) / 0.85)]), encoding="utf-8")
+    return str(path)
 
 
 def bench_full(args):
@@ -487,13 +475,13 @@ def bench_full(args):
         report(f"GFLOP/s, {name}", "".join(f"{rate:8,.0f}" for rate in rates), "forward, input, weight")
     share = once("padding")
     report("padding, share of positions", f"{share['ours']:.2%}, at random {share['random']:.1%}", "under 1 %", share["ours"] < 0.01)
-    train = {"folder": args.folder, "policy": "all", "steps": args.steps}
-    replies = take_turns({"full, plain loop": ("plain_train", train), "full, fp32": ("our_train", train),
-                          "full, bf16": ("our_train", train | {"dtype": "bf16"}),
-                          "full, transformers": ("hf_train", train)}, args.requests)
+    train = {"folder": args.folder, "file": args.file, "policy": "all"}
+    replies = take_turns({"full, plain loop": ("plain_train", train), "full, transformers": ("hf_train", train),
+                          "full, fp32": ("our_train", train), "full, bf16": ("our_train", train | {"flags": ["--dtype", "bf16"]})},
+                         args.requests)
     compare(replies, {"full, fp32": 2.6, "full, bf16": 3.8})
     for name, own in replies.items():
-        share_of_peak(name, own, peaks(figures)["bf16" if "bf16" in name else "fp32"], 0.72 if name == "full, fp32" else None)
+        share_of_peak(name, own, best_rates(figures)["bf16" if "bf16" in name else "fp32"], 0.72 if name == "full, fp32" else None)
     report_memory(replies, {"full, fp32": 2.9})
     own = replies["full, fp32"]
     run, proof = 2 * 117 * statistics.median(r["seconds"] for r in own[:-1]), own[-1]["proof"]
@@ -501,149 +489,149 @@ def bench_full(args):
 
 
 def bench_blocks(args):
-    """Bar 2."""
+    """Bar 2, and of bar 5 the memory."""
     for policy in BLOCKS:
-        train = {"folder": args.folder, "policy": policy, "steps": args.steps}
-        cached = f"{policy}, fp32, --cache-prefix, 2nd epoch"
-        replies = take_turns({f"{policy}, plain loop": ("plain_train", train), f"{policy}, fp32": ("our_train", train),
-                              f"{policy}, bf16": ("our_train", train | {"dtype": "bf16"}),
-                              cached: ("our_train", train | {"flags": ["--cache-prefix"]})}, args.requests)
+        train = {"folder": args.folder, "file": args.file, "policy": policy}
+        kept = train | {"flags": ["--cache-prefix", "--epochs", "2"], "skip": args.steps + 1}
+        plain, cached = f"{policy}, plain loop", f"{policy}, fp32, --cache-prefix, 2nd epoch"
+        replies = take_turns({plain: ("plain_train", train), f"{policy}, fp32": ("our_train", train),
+                              f"{policy}, bf16": ("our_train", train | {"flags": ["--dtype", "bf16"]}), cached: ("our_train", kept)},
+                             args.requests)
         compare(replies, {f"{policy}, fp32": 4, cached: 12})
+        if cached in replies:
+            first, *_, last = replies[cached][-1]["validations"]
+            report(f"{policy}, --cache-prefix, last validation", f"{first / last:.1f} x the first")
         report_memory(replies, {"last_block, fp32": 1.2})
 
 
 def bench_lora(args):
-    """Bar 3."""
-    train = {"folder": args.folder, "policy": "lora", "steps": args.steps}
+    """Bar 3, and of bar 5 the memory."""
+    train, bf16 = {"folder": args.folder, "file": args.file, "policy": "lora"}, {"flags": ["--dtype", "bf16"]}
     full = train | {"policy": "all"}
-    replies = take_turns({"LoRA, plain loop": ("plain_train", train), "LoRA, fp32": ("our_train", train),
-                          "full, fp32": ("our_train", full), "LoRA, bf16": ("our_train", train | {"dtype": "bf16"}),
-                          "full, bf16": ("our_train", full | {"dtype": "bf16"}), "LoRA, peft": ("hf_train", train)}, args.requests)
-    compare({name: own for name, own in replies.items() if "LoRA" in name}, {"LoRA, fp32": 2.8})
+    replies = take_turns({"LoRA, plain loop": ("plain_train", train), "LoRA, peft": ("hf_train", train), "LoRA, fp32": ("our_train", train),
+                          "full, fp32": ("our_train", full), "LoRA, bf16": ("our_train", train | bf16),
+                          "full, bf16": ("our_train", full | bf16)}, args.requests)
+    adapters = {name: own for name, own in replies.items() if "LoRA" in name}
+    compare(adapters, {"LoRA, fp32": 2.8})
     for dtype in ("fp32", "bf16"):
         pair = {name: own for name, own in replies.items() if name in (f"LoRA, {dtype}", f"full, {dtype}")}
         compare(pair, {f"LoRA, {dtype}": 1}, f"full, {dtype}")
-    report_memory({name: own for name, own in replies.items() if "LoRA" in name}, {"LoRA, fp32": 1.4})
+    report_memory(adapters, {"LoRA, fp32": 1.4})
 
 
 def bench_generate(args):
     """Bar 4."""
     new = 4 if args.quick else 32
-    print(f"110 test prompts in batches of 32, {new} new tokens each (the plain loop: one prompt of each batch)")
-    variants = {"generate, plain loop": "plain", "generate, transformers": "hf", "generate": "ours"}
-    replies = take_turns({name: ("generation", {"folder": args.folder, "kind": kind}) for name, kind in variants.items()},
-                         [{"prompts": [i, i + 32], "new": new} for i in range(0, 110, 32)])
+    print(f"110 test prompts in two batches, {new} new tokens each (the plain loop: one prompt of each batch)")
+    kinds = {"generate, plain loop": "plain", "generate, transformers": "hf", "generate": "ours"}
+    replies = take_turns({name: ("generation", {"folder": args.folder, "kind": kind}) for name, kind in kinds.items()},
+                         [{"prompts": [i, i + 64], "new": new} for i in (0, 64)])
     compare(replies, {"generate": 40})
-    if "generate, transformers" in replies:
-        compare(dict(list(replies.items())[1:]), {"generate": 1.5}, "transformers")
+    compare({name: own for name, own in replies.items() if "plain" not in name}, {"generate": 1.5}, "transformers")
     report_memory(replies, {"generate": 2.9})
 
 
 def bench_data(args):
-    """Of bar 6: start-up and tokenizing."""
+    """Of bar 6: start-up, tokenizing, and a million records in no more than 2 KiB for each."""
     seconds = statistics.median(once("start_up")["seconds"] for _ in range(3))
     report("start-up to the first step, tiny", f"{seconds:.1f} s", "under 4 s", seconds < 4)
-    n = 500 if args.quick else 50_000
-    figures = once("tokenize", n=n)
-    report(f"tokenizing {n:,} records", f"{figures['tokenize']:.1f} s", "under 15 s", figures["tokenize"] < 15)
-
-
-def bench_million(args):
-    """Of bar 6: a million records, bounded by 2 KiB for each."""
-    n = 10_000 if args.quick else 1_000_000
-    figures = once("tokenize", n=n)
-    report(f"reading and encoding {n:,} records", f"{figures['read'] + figures['tokenize']:.0f} s, {figures['peak'] / GiB:.2f} GiB",
-           "at most 2 KiB each", figures["peak"] <= 2048 * n + GiB)
+    few, many = (500, 5000) if args.quick else (50_000, 1_000_000)
+    figures = once("tokenize", n=few)
+    report(f"tokenizing {few:,} records", f"{figures['tokenize']:.1f} s", "under 15 s", figures["tokenize"] < 15)
+    figures = once("tokenize", n=many)
+    report(f"reading and encoding {many:,} records", f"{figures['read'] + figures['tokenize']:.0f} s, {figures['bytes'] / many:,.0f} bytes for each",
+           "at most 2,048", figures["bytes"] <= 2048 * many)
 
 
 def bench_scaling(args):
     """Bar 7: two straight lines through three sizes have the same slope, whatever the start-up takes."""
     sizes = (200, 400, 800) if args.quick else (1000, 2000, 4000, 8000, 16000, 32000, 64000)
-    seconds, growth = {}, 0.0
-    print(" records  read  tokenize  batches  |  one epoch of tiny's last block:  steps  seconds  a token, last/first quarter")
-    for n in sizes:
-        data, run = once("tokenize", n=n), once("whole_run", n=n)
-        seconds[n], growth = data["read"] + data["tokenize"] + data["batch"] + run["seconds"], run["growth"]
-        print(f"{n:8} {data['read']:5.2f} {data['tokenize']:9.2f} {data['batch']:8.2f} {run['steps']:42} {run['seconds']:8.1f} {growth:8.2f}", flush=True)
+    total, growth = {}, 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        once("make_model", folder=folder, shape="narrow")
+        print(" records  read s  tokenize s  batches s  |  one epoch of a narrow model:  steps  seconds  time for a token, last/first quarter")
+        for n in sizes:
+            data, run = once("tokenize", n=n), once("whole_run", folder=folder, n=n)
+            total[n], growth = data["read"] + data["tokenize"] + data["batch"] + run["seconds"], run["growth"]
+            print(f"{n:8} {data['read']:7.2f} {data['tokenize']:11.2f} {data['batch']:10.3f} {run['steps']:38} {run['seconds']:8.1f} {growth:8.2f}", flush=True)
     low, middle, high = sizes[0], sizes[len(sizes) // 2], sizes[-1]
-    curve = (seconds[high] - seconds[middle]) / (high - middle) / ((seconds[middle] - seconds[low]) / (middle - low))
+    curve = (total[high] - total[middle]) / (high - middle) / ((total[middle] - total[low]) / (middle - low))
     report("seconds for each further record, many over few", f"{curve:.2f} x", "at most 1.1 x", curve <= 1.1)
     report("seconds for a token, end of the longest run over start", f"{growth:.2f} x", "at most 1.1 x", growth <= 1.1)
 
 
 def bench_long(args):
-    """Of bar 5: batches of 8 records of 1,024 ids, loss on all."""
-    train = {"folder": args.folder, "policy": "all", "steps": 1, "length": 1024}
+    """Of bar 5: one step on 8 records of 1,024 ids, loss on all of them."""
+    path = Path(args.folder) / "long.json"
+    path.write_text(json.dumps([{"instruction": "Count.", "output": f"{i} " * 1100} for i in range(10)]))
     for flags in ([], ["--recompute"]):
-        name = " ".join(["full, 8 x 1,024 ids, loss on all", *flags])
-        replies = take_turns({name: ("our_train", train | {"flags": flags})}, [{"step": 0}])
-        report_memory(replies, {})
+        name = " ".join(["full, --max-length 1024, batch of 8", *flags])
+        train = {"folder": args.folder, "file": str(path), "policy": "all", "flags": ["--max-length", "1024", "--loss-on", "all", *flags]}
+        report_memory(take_turns({name: ("our_train", train)}, []), {})
 
 
 def bench_xl(args):
-    """Of bar 5: GPT-2 XL's shape. (In full, weights, gradients and moments are 16 bytes a parameter: 23.2 GiB.)"""
+    """Of bar 5: GPT-2 XL's shape steps. (In full, weights, gradients and moments are 16 bytes a parameter: 23.2 GiB.)"""
     with tempfile.TemporaryDirectory() as folder:
         once("make_model", folder=folder, shape="quick" if args.quick else "gpt2-xl")
         for policy in ("lora", "last_two_blocks"):
-            train = {"folder": folder, "policy": policy, "steps": 1, "size": 4, "flags": ["--recompute", "--grad-accum", "2"]}
+            train = {"folder": folder, "file": some_records(args, 2, 2), "policy": policy, "size": 2, "flags": ["--recompute", "--grad-accum", "2"]}
             name = f"XL, {policy}, --recompute --grad-accum 2"
-            replies = take_turns({name: ("our_train", train)}, [{"step": 0}])
-            report_memory(replies, {name: 24})
+            report_memory(take_turns({name: ("our_train", train)}, []), {name: 24})
 
 
 def bench_gpu(args):
     """Bar 8."""
     gpu = once("machine", n_embd=64)["gpu"]
     if not gpu:
-        for name in ("medium, full, bf16: share of peak", "medium beside transformers", "the book's run", "the 110 answers"):
-            report(f"GPU: {name}", "not measured: no GPU")
+        for name, bar in (("medium, full, bf16: share of peak", "at least 45%"), ("medium, full, beside transformers", "at least 2 x"),
+                          ("the book's run", "(the book, A100: 0.86)"), ("the 110 answers", "under 3 s")):
+            report(f"GPU: {name}", "not measured: no GPU", bar)
         return
     print(gpu)
     with tempfile.TemporaryDirectory() as folder:
         once("make_model", folder=folder, shape="gpt2-medium")
-        peak = peaks(once("machine", n_embd=1024, device="cuda", size=64))["bf16"]
-        train = {"folder": folder, "policy": "all", "steps": 14, "size": 64, "device": "cuda", "dtype": "bf16"}
-        replies = take_turns({"GPU: medium, transformers": ("hf_train", train), "GPU: medium, full": ("our_train", train),
-                              "GPU: medium, full, --compile": ("our_train", train | {"flags": ["--compile"]})}, [{"step": i} for i in range(14)])
+        rate = best_rates(once("machine", n_embd=1024, device="cuda", size=64))["bf16"]
+        train = {"folder": folder, "file": some_records(args, 14, 64), "policy": "all", "size": 64, "device": "cuda"}
+        replies = take_turns({"GPU: medium, transformers": ("hf_train", train | {"bf16": True}), "GPU: medium, full": ("our_train", train),
+                              "GPU: medium, full, --compile": ("our_train", train | {"flags": ["--compile"]})}, [{}] * 12)
         compare(replies, {"GPU: medium, full": 2}, "transformers")
         for name, own in replies.items():
-            share_of_peak(name, own, peak, 0.45 if name == "GPU: medium, full" else None)
-        train |= {"size": 8, "steps": 117}
-        own = take_turns({"the book's run": ("our_train", train)}, [{"step": i} for i in range(117)])["the book's run"]
-        report("GPU: the book's run, 2 x 935 records, medium", f"{2 * sum(r['seconds'] for r in own[:-1]) / 60:.2f} min", "(the book, A100: 0.86)")
-        replies = take_turns({"": ("generation", {"folder": folder, "kind": "ours", "device": "cuda"})}, [{"prompts": [0, 110], "new": 64}])
-        report("GPU: 110 answers of 64 tokens, medium", f"{replies[''][0]['seconds']:.1f} s", "under 3 s", replies[""][0]["seconds"] < 3)
+            share_of_peak(name, own, rate, 0.45 if name == "GPU: medium, full" else None)
+        report_memory(replies, {})
+        book = train | {"file": str(SHARED / "instruction-data.json"), "size": 8}
+        own = take_turns({"": ("our_train", book)}, [{}] * 116)[""]
+        report("GPU: the book's run, 2 x 935 records, medium", f"{2 * 117 * statistics.mean(r['seconds'] for r in own[:-1]) / 60:.2f} min", "(the book, A100: 0.86)")
+        own = take_turns({"": ("generation", {"folder": folder, "kind": "ours", "device": "cuda"})}, [{"prompts": [0, 110], "new": 64}])[""]
+        report("GPU: 110 answers of 64 tokens, medium", f"{own[0]['seconds']:.1f} s", "under 3 s", own[0]["seconds"] < 3)
 
 
 BENCHES = {name.removeprefix("bench_"): f for name, f in list(globals().items()) if name.startswith("bench_")}
-SLOW = ("million", "long", "xl")
 
 
 def parse_args():
     """The flags."""
     parser = argparse.ArgumentParser(description="Measure speed and memory against the bars.")
-    parser.add_argument("--only", default=",".join(n for n in BENCHES if n not in SLOW), help=f"names of {', '.join(BENCHES)} (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=12, help="training steps of each variant (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="a shape of two blocks, three steps: does every line run")
+    parser.add_argument("--only", default=",".join(BENCHES), help="names of %(default)s (default: all)")
+    parser.add_argument("--steps", type=int, default=5, help="training steps of each variant (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="a shape of three blocks, three steps: does every line run")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.only = args.only.split(",")
     if unknown := set(args.only) - set(BENCHES):
         parser.error(f"--only {','.join(sorted(unknown))}: there are {', '.join(BENCHES)}")
     args.shape, args.steps = ("quick", 3) if args.quick else ("gpt2", args.steps)
-    args.requests = [{"step": i} for i in range(args.steps)]
     return args
 
 
 def main():
-    """Run the benches that were asked for; in a child, be a worker."""
+    """Run the benches that were asked for."""
     args = parse_args()
-    if args.worker:
-        return serve(args.worker[0], json.loads(args.worker[1]))
     if not (SHARED / "instruction-data.json").is_file():
         sys.exit(f"nothing is measured: {SHARED} is not there")
     with tempfile.TemporaryDirectory() as args.folder:
         once("make_model", folder=args.folder, shape=args.shape)
+        args.file, args.requests = some_records(args, args.steps + 1), [{}] * args.steps
         for name in args.only:
             print(f"\n{name}: {time.strftime('%F %H:%M')}", flush=True)
             try:
@@ -653,4 +641,11 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    if "--worker" in sys.argv:  # a child: requests come as lines of JSON, figures go the same way
+        name, options = parse_args().worker
+        REPLIES = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)  # whatever else prints
+        sys.path.insert(0, str(ROOT))
+        reply(WORKERS[name](**json.loads(options)))
+    else:
+        main()
