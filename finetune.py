@@ -21,6 +21,7 @@ micro-batches. The same seed, data and flags give the same weights on the same m
 
 import argparse
 import ctypes
+import functools
 import hashlib
 import itertools
 import json
@@ -194,6 +195,9 @@ def parse_args(argv=None):
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     group.add_argument("--dtype", choices=["auto", *DTYPES], default="auto",
                        help="of the matrix products; weights stay fp32 (default: auto = bf16 on GPUs that have it)")
+    group.add_argument("--compile", action="store_true", help="compile the blocks with torch.compile: slow to start, then faster")
+    group.add_argument("--recompute", action="store_true",
+                       help="keep only what enters each block and compute the rest again in the backward pass: less memory, more time")
 
     group = parser.add_argument_group("output")
     group.add_argument("--eval-every", type=count, help="validate every so many steps (default: ten times a run)")
@@ -328,6 +332,23 @@ def is_adapter(name: str) -> bool:
 def is_small(model) -> bool:
     """Below 10 M parameters: such a model wants a higher rate and more epochs."""
     return sum(p.numel() for n, p in model.named_parameters() if not is_adapter(n)) < 10_000_000
+
+
+def choose_how_blocks_run(args, model, plan, machine) -> None:
+    """--compile and --recompute: the function that runs a block is replaced, modules and names stay as they are."""
+    if args.compile:
+        try:  # something new each time, or what was compiled on an earlier day would be found
+            factor = random.random()
+            torch.compile(lambda x: x * factor)(torch.ones(2, device=machine.device))
+        except Exception as error:  # torch._dynamo's, torch._inductor's, triton's, the compiler's: all say the same here
+            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise UsageError(f"--compile: torch.compile does not work on this machine ({reason}); install a C++ compiler "
+                             "(on a GPU triton too), or leave the flag out") from None
+        model.run_block = torch.compile(model.run_block, dynamic=True)  # one function for all blocks and lengths
+    if args.recompute:
+        if lowest_block(plan.eligible, model.config.n_layer) == model.config.n_layer:
+            raise UsageError(f"--recompute: under --trainable {args.trainable} the backward pass enters no block; leave the flag out")
+        model.run_block = functools.partial(checkpoint, model.run_block, use_reentrant=False)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -479,11 +500,20 @@ def rate_at(step: int, total: int, warmup: int, schedule: str) -> float:
     return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[schedule]
 
 
+def block_of(name: str, n_layer: int) -> int:
+    """The block that a parameter belongs to: -1 for the embeddings, n_layer for ln_f and the head."""
+    block = re.search(r"(?:^|\.)h\.(\d+)\.", name)
+    return int(block[1]) if block else -1 if name.startswith(("wte.", "wpe.")) else n_layer
+
+
+def lowest_block(names, n_layer: int) -> int:
+    """The lowest block into which the backward pass goes when these parameters train; n_layer: none."""
+    return max(0, min(block_of(name, n_layer) for name in names))
+
+
 def depth_factor(name: str, n_layer: int, decay: float) -> float:
     """decay ** (blocks between a parameter and the head): 1 for ln_f and the head, least for the embeddings."""
-    block = re.search(r"(?:^|\.)h\.(\d+)\.", name)
-    below = n_layer - 1 - int(block[1]) if block else n_layer if name.startswith(("wte.", "wpe.")) else 0
-    return decay ** below
+    return decay ** max(0, n_layer - 1 - block_of(name, n_layer))
 
 
 def build_optimizer(model, plan, lr, adapter_lr, loraplus_ratio, weight_decay, lr_decay=1.0):
@@ -559,7 +589,7 @@ def wait_for_all() -> None:
 # ---------------------------------------------------------------------------------------------
 # checkpoints: state.safetensors (what trains, AdamW's moments) and manifest.json, renamed into place together
 
-SETTINGS = ("out", "resume", "overwrite", "eval_every", "eval_batches", "checkpoint_every", "keep", "no_responses", "device")
+SETTINGS = ("out", "resume", "overwrite", "eval_every", "eval_batches", "checkpoint_every", "keep", "no_responses", "device", "recompute")
 
 
 def fingerprint(args, model, data) -> dict:
@@ -1092,6 +1122,7 @@ def run(args) -> int:
     if args.warmup > (total := total_steps(args, data.stages, machine.world)):
         raise UsageError(f"--warmup {args.warmup:g}: the run has only {total} steps")
     plan, optimizer = prepare_plan(args, model, data.train)
+    choose_how_blocks_run(args, model, plan, machine)
 
     wait_for_all()  # every process has seen that --out is free, or resumable
     lock = hold(args.out, machine.rank)
@@ -1118,7 +1149,7 @@ def run(args) -> int:
             if is_out_of_memory(error):
                 longest = max(len(e.ids) for e in data.train + data.val)
                 raise MemoryError(f"--batch-size {args.batch_size} with examples of up to {longest} tokens does not fit on {machine.device}: "
-                                  "lower --batch-size (and raise --grad-accum to keep the steps as they are) or --max-length") from None
+                                  "lower --batch-size (and raise --grad-accum to keep the steps as they are) or --max-length, or take --recompute") from None
             raise
         if "stopped" in figures:
             say(f"\nstopped after step {state['step']}; the same command with --resume goes on from there")

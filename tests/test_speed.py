@@ -1,6 +1,8 @@
 """What saves time or memory gives the same result as the plain way."""
 
 import ctypes
+import functools
+import json
 import platform
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 
 import finetune
 from gpt import GPT, GPTConfig
+from test_finetune import losses, metrics, run, stop_after, weights, world  # noqa: F401
 
 
 @pytest.fixture
@@ -60,3 +63,68 @@ def test_without_glibc_memory_is_left_as_it_is(monkeypatch, error):
         raise error
     monkeypatch.setattr(ctypes, "CDLL", refuse)
     finetune.keep_memory()
+
+
+# ------------------------------------------------------------------------------ how blocks run
+
+TRAINED = {"full": ["--dropout", 0.1], "two blocks": ["--trainable", "last:1,norms"],
+           "LoRA": ["--lora-r", 2, "--lora-dropout", 0.2, "--trainable", "lora,last_block", "--dtype", "bf16"]}
+
+
+@pytest.mark.parametrize("policy", TRAINED)
+def test_recomputed_activations_give_the_same_bits_dropout_included(world, tmp_path, monkeypatch, policy):
+    calls, true = [], finetune.checkpoint
+    monkeypatch.setattr(finetune, "checkpoint", lambda *args, **options: (calls.append(args), true(*args, **options))[1])
+    for name, flags in (("plain", []), ("again", ["--recompute"])):
+        before = len(calls)
+        assert run(world, tmp_path / name, *TRAINED[policy], "--epochs", 2, "--max-steps", 6, "--grad-accum", 2, "--no-responses", *flags) == 0
+        assert (len(calls) > before) == bool(flags)
+    assert losses(tmp_path / "plain") == losses(tmp_path / "again")
+    plain, again = weights(tmp_path / "plain"), weights(tmp_path / "again")
+    assert all(torch.equal(plain[n], again[n]) for n in plain)
+
+
+def test_recomputation_keeps_less_for_the_backward_pass(model, idx):
+    kept = []
+    for again in (False, True):
+        sizes = []
+        model.run_block = functools.partial(finetune.checkpoint, model.run_block, use_reentrant=False) if again else model.run_block
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1], lambda t: t):
+            model.features(idx).sum()
+        kept.append(sum(sizes))
+    assert kept[1] < kept[0] / 2
+
+
+def test_a_recomputed_run_may_go_on_without_it_and_the_other_way_round(world, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        assert run(world, tmp_path / "r", "--max-steps", 4, "--no-responses") == 143
+    assert run(world, tmp_path / "r", "--max-steps", 4, "--no-responses", "--resume", "--recompute") == 0
+    assert run(world, tmp_path / "whole", "--max-steps", 4, "--no-responses") == 0
+    assert losses(tmp_path / "r") == losses(tmp_path / "whole")
+
+
+def test_compiled_blocks_give_the_losses_of_plain_ones_and_keep_their_names(world, tmp_path, monkeypatch):
+    """Traced, but run operation by operation: what this package brings, without half a minute of a C++ compiler."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    flags = ["--trainable", "last_block", "--max-steps", 3, "--eval-batches", 1, "--no-responses"]
+    assert run(world, tmp_path / "plain", *flags) == 0
+    assert run(world, tmp_path / "compiled", *flags, "--compile") == 0
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
+    assert weights(tmp_path / "compiled").keys() == weights(tmp_path / "plain").keys()
+    frozen = [json.loads((tmp_path / r / "run.json").read_text())["freeze"]["fingerprint"] for r in ("plain", "compiled")]
+    assert frozen[0] == frozen[1]
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--compile"], "--compile: torch.compile does not work on this machine (no C++ compiler)"),
+    (["--recompute", "--trainable", "head", "--untie-head"], "--recompute: under --trainable head the backward pass enters no block"),
+])
+def test_what_cannot_speed_a_run_up_is_refused_in_one_line(world, tmp_path, capsys, monkeypatch, flags, message):
+    def broken(function, **options):
+        raise RuntimeError("no C++ compiler\nSet TORCHDYNAMO_VERBOSE=1")
+    monkeypatch.setattr(torch, "compile", broken)
+    assert run(world, tmp_path / "r", *flags) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error
+    assert not (tmp_path / "r").exists()
