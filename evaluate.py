@@ -471,7 +471,7 @@ class JudgeError(RuntimeError):
 
 
 class AnyStatus(urllib.request.HTTPErrorProcessor):
-    """Every status comes back. No redirect is followed: key and data go to the server that was named, and nowhere else."""
+    """Every status comes back, and no redirect is followed: key and data go to no other server than the one named."""
 
     def http_response(self, request, response):
         return response
@@ -978,7 +978,8 @@ def sparkline(metrics: list[dict], width: int = 60) -> str:
 
 
 def drawable(text: str) -> str:
-    """Text that matplotlib draws as it is: without formulas or characters that cannot be encoded."""
+    """Text that matplotlib draws as it is, without formulas or characters that cannot be encoded; a long one loses its middle."""
+    text = text if len(text) <= 60 else f"{text[:30]}…{text[-29:]}"
     return text.encode(errors="replace").decode().replace("$", r"\$")
 
 
@@ -1030,13 +1031,6 @@ def plot_tradeoff(axes, runs: list[Run]) -> None:
         axes.invert_yaxis()  # better is higher
 
 
-def short_names(folders: list[Path]) -> list[str]:
-    """The folders below the one that holds them all, numbered; long names without their middle."""
-    shared = os.path.commonpath([folder.resolve().parent for folder in folders])
-    names = [os.path.relpath(folder.resolve(), shared) for folder in folders]
-    return [f"{i}  {drawable(name if len(name) <= 60 else f'{name[:30]}…{name[-29:]}')}" for i, name in enumerate(names, 1)]
-
-
 def draw(runs: list[Run]) -> str:
     """Losses, scores, forgetting against gain: into compare.png in the first run's folder where matplotlib is
     installed, else the losses as text. Returns what there is to say of it.
@@ -1052,10 +1046,10 @@ def draw(runs: list[Run]) -> str:
     panels = figure.subplot_mosaic([["losses"] * 2, ["scores", "tradeoff" if tradeoff else "scores"]], height_ratios=[4, 1.5 + 0.4 * len(runs)])
     if len(runs) == 1:
         plot_losses(panels["losses"], metrics[0])
-        panels["losses"].set_title(drawable(runs[0].folder.resolve().name))
+        panels["losses"].set_title(drawable(str(runs[0].folder)))
     else:
-        for m, name, color in zip(metrics, short_names([run.folder for run in runs]), itertools.cycle(COLORS)):
-            plot_losses(panels["losses"], m, name, color, color + "50")
+        for i, (run, color) in enumerate(zip(runs, itertools.cycle(COLORS))):
+            plot_losses(panels["losses"], metrics[i], f"{i + 1}  {drawable(str(run.folder))}", color, color + "50")
         panels["losses"].set_title("thin: training, dots: validation", loc="right", fontsize=8)
     figure.legend(loc="outside upper left", ncols=2)
     plot_scores(panels["scores"], runs)
