@@ -21,7 +21,6 @@ import base64
 import hashlib
 import http.client
 import json
-import math
 import os
 import random
 import re
@@ -181,8 +180,7 @@ def data_file(path_or_name) -> Path:
         return path
     path = TINY / "instructions.json" if name == "tiny" else Path(path_or_name)
     if not path.exists():
-        names = ", ".join(["tiny", *DATASETS])
-        raise FileNotFoundError(f"{path}: no such data; give a .json or .jsonl file, or one of {names}")
+        raise FileNotFoundError(f"{path}: no such data; give a .json or .jsonl file, or one of {', '.join(['tiny', *DATASETS])}")
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give the .json or .jsonl file in it")
     return path
@@ -355,8 +353,7 @@ def load_tokenizer(name_or_folder) -> tiktoken.Encoding:
                 "vocab.json and merges.txt, or set TIKTOKEN_CACHE_DIR to a filled cache") from None
     folder = TINY / "model" if str(name_or_folder) == "tiny" else Path(name_or_folder)
     if not folder.is_dir():
-        names = ", ".join(("tiny", *GPT2_NAMES))
-        raise FileNotFoundError(f"{folder}: no such model folder, nor one of the names {names}")
+        raise FileNotFoundError(f"{folder}: no such model folder, nor one of the names {', '.join(('tiny', *GPT2_NAMES))}")
     try:
         vocab, special, merges = _read_bpe(folder)
         ranks = {bytes(CHAR_TO_BYTE[char] for char in token): rank for token, rank in vocab.items() if token not in special}
@@ -492,12 +489,11 @@ def encode_examples(examples, tokenizer, template="alpaca", max_length=None):
     if max_length is not None and max_length < 2:
         raise ValueError(f"max_length {max_length}: at least 2 ids are needed")
     encoded, report = [], {"kept": [], "dropped": [], "truncated": [], "special_text": []}
-    known = list(range(tokenizer.n_vocab))  # one int for each id: the tokenizer's are new ones, 28 bytes for every token
-    special, shortest = tokenizer.special_tokens_set, math.inf
+    known, special = {}, tokenizer.special_tokens_set  # known: one int for each id; the tokenizer makes one for every token
     for i, example in enumerate(examples):
         # Not encode_ordinary_batch: handing short texts to its threads costs more than encoding them.
         prompt = tokenizer.encode_ordinary(format_prompt(example, template))
-        ids = [known[t] for t in prompt + tokenizer.encode_ordinary(example["output"])] + [tokenizer.eot_token]
+        ids = [known.setdefault(t, t) for t in prompt + tokenizer.encode_ordinary(example["output"])] + [tokenizer.eot_token]
         cut = ids[:max_length]
         if len(cut) > len(prompt):
             encoded.append(Encoded(cut, len(prompt)))
@@ -507,10 +503,10 @@ def encode_examples(examples, tokenizer, template="alpaca", max_length=None):
         texts = example["instruction"], example.get("input") or "", example["output"]
         if any(token in text for token in special for text in texts):
             report["special_text"].append(i)
-        shortest = min(shortest, len(prompt))
     if not encoded:
+        prompts = (tokenizer.encode_ordinary(format_prompt(example, template)) for example in examples)
         raise ValueError(f"none of {len(examples)} examples has a response token within max_length {max_length};"
-                         f" the shortest prompt has {shortest if examples else 0} ids")
+                         f" the shortest prompt has {min(map(len, prompts), default=0)} ids")
     return encoded, report
 
 
@@ -616,10 +612,8 @@ def sample_order(lengths, stages, per_step: int, epochs: int, seed: int):
 
 def parse_args(argv=None):
     """The flags; a wrong one ends in one line on stderr and exit code 2."""
-    parser = argparse.ArgumentParser(
-        description="Show data as the model sees it: lengths, truncation, padding, one example.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(description="Show data as the model sees it: lengths, truncation, padding, one example.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")
     add = parser.add_argument
     add("--data", default="tiny", help="a JSON or JSON lines file, or tiny, book, alpaca")
@@ -647,7 +641,7 @@ def describe(args):
         print(f"{what.replace('_', ' '):12s} {len(report[what])}{first}")
     lengths = [len(example.ids) for example in encoded]
     prompts = [example.n_prompt for example in encoded]
-    responses = [len(example.ids) - example.n_prompt for example in encoded]
+    responses = [total - prompt for total, prompt in zip(lengths, prompts)]
     print(f"\n{'ids':12s}" + "".join(f"{name:>8s}" for name in ("min", "median", "p95", "max")))
     for name, values in (("prompt", prompts), ("response", responses), ("both", lengths)):
         values = sorted(values)
@@ -662,8 +656,7 @@ def describe(args):
     ids, n_prompt = encoded[0].ids, encoded[0].n_prompt
     prompt, response = tokenizer.decode(ids[:n_prompt]), tokenizer.decode(ids[n_prompt:])
     weight = prompt_weight(args.loss_on)
-    number = report["kept"][0] + 1
-    print(f"\nrecord {number}, supervised between >>> and <<<; a prompt token weighs {weight:g}\n")
+    print(f"\nrecord {report['kept'][0] + 1}, supervised between >>> and <<<; a prompt token weighs {weight:g}\n")
     print(f">>>{prompt}{response}<<<" if weight else f"{prompt}>>>{response}<<<", flush=True)
 
 
