@@ -183,6 +183,8 @@ def data_file(path_or_name) -> Path:
         raise FileNotFoundError(f"{path}: no such data; give a .json or .jsonl file, or one of {', '.join(['tiny', *DATASETS])}")
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give the .json or .jsonl file in it")
+    if not path.is_file():  # what a pipe gives cannot be read and hashed again
+        raise ValueError(f"{path} is a pipe or a device; give a file")
     return path
 
 

@@ -152,7 +152,7 @@ def parse_args(argv=None):
     group = parser.add_argument_group("which weights")
     group.add_argument("--trainable", type=given, help="freeze policy, e.g. all, last_block, lora,norms (default: all; lora with --lora-r)")
     group.add_argument("--lora-r", type=count, help="rank of the adapters to add (default: none)")
-    group.add_argument("--lora-alpha", type=number(float, 0, 1e38, low_ok=False), help="scale times rank (default: 2 r)")
+    group.add_argument("--lora-alpha", type=number(float, 1e-6, 1e38), help="scale times rank (default: 2 r)")
     group.add_argument("--lora-targets", type=given, help="suffixes or patterns of module names (default: c_attn,c_proj,c_fc)")
     group.add_argument("--lora-dropout", type=number(float, 0, 0.99), help="on the adapters' input (default: 0)")
     group.add_argument("--rslora", action="store_true", help="scale by alpha / sqrt(r) in place of alpha / r")
@@ -277,8 +277,8 @@ def join_processes(device: torch.device, dtype: str) -> Machine:
     return Machine(device, DTYPES[dtype], dist.get_rank(), world)
 
 
-def locate(model: str) -> tuple[Path, Path | None]:
-    """The model folder that --model means, and the adapter (or None) that belongs to it when it is a run."""
+def locate(model: str, above=()) -> tuple[Path, Path | None]:
+    """The model folder that --model means, and the adapter (or None) that belongs to it when it is a run; `above`: runs based on it."""
     run = Path(model)
     if not (run / "run.json").is_file():
         return model_folder(model), None
@@ -286,7 +286,8 @@ def locate(model: str) -> tuple[Path, Path | None]:
     try:
         base, trained = Path(info["flags"]["model"]), info.get("freeze", {}).get("trainable", [])
         needed = {"adapter" if is_adapter(name) else "model" for name in trained}
-    except (KeyError, TypeError, AttributeError):
+        origin = os.path.realpath(base)
+    except (KeyError, TypeError, AttributeError, ValueError):
         raise ValueError(f"{run / 'run.json'}: not what finetune.py writes (flags.model, freeze.trainable)") from None
     needed = needed or {"adapter" if (run / "adapter").is_dir() else "model"}
     if missing := [folder for folder in sorted(needed) if not (run / folder).is_dir()]:
@@ -294,10 +295,11 @@ def locate(model: str) -> tuple[Path, Path | None]:
     adapter = run / "adapter" if (run / "adapter").is_dir() else None
     if (run / "model").is_dir():
         return run / "model", adapter
-    if os.path.realpath(base) == os.path.realpath(run):
-        raise ValueError(f"{run / 'run.json'}: the run names itself as its base")
+    above = (*above, os.path.realpath(run))
+    if origin in above:
+        raise ValueError(f"{run / 'run.json'}: the run names itself as its base" + ", by way of others" * (len(above) > 1))
     try:
-        return locate(str(base))[0], adapter
+        return locate(str(base), above)[0], adapter
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{run}: its base model is gone: {error}") from None
 
@@ -784,8 +786,8 @@ def peak_memory(device: torch.device) -> int:
 
 
 def excerpt(text: str, width: int = 70) -> str:
-    """The beginning of a text, on one line."""
-    text = " ".join(text.split())
+    """The beginning of a text, on one line, without what would steer a terminal."""
+    text = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
     return text if len(text) <= width else text[:width - 3] + "..."
 
 
@@ -1078,14 +1080,15 @@ def prove(model, plan, optimizer, state) -> None:
 
 @torch.no_grad()
 def refuse_lost_updates(model, optimizer) -> None:
-    """ArithmeticError if twice AdamW's latest update, at the peak rate, would be rounded away from every value of a tensor."""
+    """ArithmeticError if a quarter of AdamW's latest update, at the peak rate, would be rounded away from every value of a tensor."""
     names = {p: name for name, p in model.named_parameters()}
     for group in optimizer.param_groups:
         for p in group["params"]:
             update, moments = torch.ones_like(p), optimizer.state.get(p)
             if moments:
-                update = moments["exp_avg"] / (moments["exp_avg_sq"].sqrt() + group["eps"])
-            if update.any() and bool((p + 2 * group["peak"] * update == p).all()):
+                first, second = (1 - beta ** float(moments["step"]) for beta in group["betas"])
+                update = moments["exp_avg"] / first / ((moments["exp_avg_sq"] / second).sqrt() + group["eps"])
+            if update.any() and bool((p + group["peak"] / 4 * update == p).all()):
                 raise ArithmeticError(f"{names[p]} did not change: at a rate of {group['peak']:g} its updates vanish beside its values, "
                                       "nothing is saved: raise --lr (or --lr-decay, --loraplus-ratio, --clip)")
 
@@ -1203,7 +1206,7 @@ def main(argv=None) -> int:
         if not isinstance(error, (ValueError, OSError, ArithmeticError, FreezeError)) and not is_out_of_memory(error):
             raise
         kind = "freeze proof broken: " if isinstance(error, FreezeError) else "out of memory: " if is_out_of_memory(error) else ""
-        print(f"error: {kind}{' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {kind}{excerpt(str(error), 10_000)}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
 
 

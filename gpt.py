@@ -693,7 +693,7 @@ def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
         return logits.argmax(dim=-1)
     V = logits.shape[-1]
     values, ids = logits.float().topk(min(top_k or V, V))  # (B, k), descending; exactly k, also among equals
-    probs = F.softmax(values / temperature, dim=-1)
+    probs = F.softmax((values - values[:, :1]) / max(temperature, 1e-30), dim=-1)  # nothing overflows as it goes to zero
     mass = probs.cumsum(dim=-1)
     if top_p is not None:
         probs = probs.masked_fill(mass - probs >= top_p, 0.0)  # mass of the better ones: zero for the first, which stays
@@ -796,7 +796,12 @@ def parse_args(argv=None):
     parser.add_argument("--top-k", type=int, help="draw from the k likeliest tokens")
     parser.add_argument("--top-p", type=float, help="draw from the likeliest tokens that hold this probability")
     parser.add_argument("--seed", type=int, default=123, help="of the draws")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not 0 <= args.seed < 2**63:
+        parser.error(f"--seed {args.seed}: must be at least 0 and below 2**63")
+    if not args.model:  # from a shell variable that was never set; a path would take it for the working directory
+        parser.error("--model: must not be empty")
+    return args
 
 
 def main(argv=None) -> int:

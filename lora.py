@@ -532,8 +532,9 @@ def show(args) -> str:
     config, layers = read_adapter(args.folder)
     targets, matrices = config["target_modules"], [t for _, A, B in layers.values() for t in (A, B)]
     width = max(map(len, layers))
-    lines = [f"base     {config.get('base_model_name_or_path')}",
-             f"targets  {targets if isinstance(targets, str) else ', '.join(targets)}",
+    plain = lambda text: text if str(text).isprintable() else repr(text)  # a stranger's file shall not steer the terminal
+    lines = [f"base     {plain(config.get('base_model_name_or_path'))}",
+             f"targets  {plain(targets if isinstance(targets, str) else ', '.join(targets))}",
              f"size     {len(layers)} layers, {sum(t.numel() for t in matrices):,} parameters, {sum(t.nbytes for t in matrices):,} bytes",
              "", f"{'layer':{width}}  {'out x in':>13}  {'r':>4}  {'alpha':>6}  {'s':>6}  norm of s B A"]
     for name in sorted(layers, key=lambda n: re.sub(r"\d+", lambda m: m[0].zfill(4), n)):
@@ -603,6 +604,12 @@ def _complete(out: Path):
         os.replace(Path(temp) / "new", out)
 
 
+def _given(text: str) -> Path:
+    if not text:  # from a shell variable that was never set; a path would take it for the working directory
+        raise argparse.ArgumentTypeError("must not be empty")
+    return Path(text)
+
+
 def _weighted(text: str) -> tuple[str, float]:
     folder, _, weight = text.rpartition("=")
     try:
@@ -622,15 +629,15 @@ def parse_args(argv=None):
     parser = Parser(description="Show, merge and combine LoRA adapters (PEFT folders).")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("show", help="list an adapter", description=show.__doc__)
-    command.add_argument("folder", help="a PEFT adapter folder, or a run folder")
+    command.add_argument("folder", type=_given, help="a PEFT adapter folder, or a run folder")
     command = commands.add_parser("merge", help="fold an adapter into its base", description=merge.__doc__)
-    command.add_argument("--base", required=True, metavar="M", help="the model: a folder or a name")
-    command.add_argument("--adapter", required=True, metavar="FOLDER", help="a PEFT adapter folder, or a run folder")
-    command.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="the new model folder")
+    command.add_argument("--base", required=True, type=_given, metavar="M", help="the model: a folder or a name")
+    command.add_argument("--adapter", required=True, type=_given, metavar="FOLDER", help="a PEFT adapter folder, or a run folder")
+    command.add_argument("--out", required=True, type=_given, metavar="FOLDER", help="the new model folder")
     command = commands.add_parser("combine", help="a weighted sum of adapters", description=combine.__doc__)
     command.add_argument("--adapter", required=True, action="extend", nargs="+", type=_weighted,
                          metavar="FOLDER=WEIGHT", help="an adapter and its factor; give several")
-    command.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="the new adapter folder")
+    command.add_argument("--out", required=True, type=_given, metavar="FOLDER", help="the new adapter folder")
     return parser.parse_args(argv)
 
 

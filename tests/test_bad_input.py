@@ -1,11 +1,13 @@
 """What a user can get wrong, or odd: it works, or ends in one line on stderr that names the thing, with the right exit code."""
 
+import ast
 import asyncio
 import io
 import json
 import math
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import data
 import evaluate
@@ -110,9 +113,12 @@ def edit(path, **changes):
     (["--model", "a\0b"], 2, "--model: holds a NUL"), (["--data", "a\0b"], 2, "--data: holds a NUL"), (["--out", "a\0b"], 2, "--out: holds a NUL"),
     (["--model", "\udcff"], 1, "no model folder"), (["--data", "\udcff"], 1, "no such data"), (["--data", "http://host/x.json"], 1, "no such data"),
     (["--data", "file:///etc/hostname"], 1, "no such data"), (["--model", "https://host/gpt2"], 1, "no model folder"), (["--data", "-"], 1, "no such data"),
-    (["--model", os.devnull], 1, "no model folder"), (["--data", os.devnull], 1, "empty"), (["--model", "x" * 5000], 1, "too long"),
+    (["--model", os.devnull], 1, "no model folder"), (["--data", os.devnull], 1, "a pipe or a device"), (["--model", "x" * 5000], 1, "too long"),
     (["--out", "x" * 300], 1, "too long"),
     (["--curriculum", "length", "--stages", 10**6], 2, "--stages"), (["stray"], 2, "stray"),
+    (["--clip", "1e-300"], 2, "--clip 1e-300: must be 0"), (["--warmup", 1e18], 2, "--warmup"), (["--lr", 1e-30], 2, "--lr 1e-30 with"),
+    (["--lr-decay", 1e-320], 2, "--lr-decay"), (["--lora-r", 2, "--loraplus-ratio", 1e-300], 2, "--loraplus-ratio 1e-300"),
+    (["--lora-r", 2, "--lora-alpha", 1e300], 2, "--lora-alpha"), (["--lora-r", 2, "--lora-alpha", 1e-30], 2, "--lora-alpha"),
 ])
 def test_a_wrong_flag_is_one_line_that_names_it_and_leaves_nothing(world, tmp_path, capsys, more, code, message):
     result, err, _ = train(capsys, world, tmp_path / "r", *more)
@@ -123,14 +129,26 @@ def test_a_wrong_flag_is_one_line_that_names_it_and_leaves_nothing(world, tmp_pa
 @pytest.mark.parametrize("more", [
     ["--warmup", 2], ["--eval-every", 10**6], ["--eval-batches", 10**20], ["--seed", 2**63 - 1], ["--epochs", 10**25], ["--keep", 10**20],
     ["--batch-size", 10**20], ["--grad-accum", 10**20], ["--max-examples", 10**20], ["--trainable", "all,all"], ["--trainable", " last_block "],
-    ["--lora-r", 16, "--lora-targets", "c_attn,c_attn"], ["--loss-on", "1e-320"], ["--curriculum=-length"],
+    ["--lora-r", 16, "--lora-targets", "c_attn,c_attn"], ["--loss-on", "1e-320"], ["--curriculum=-length"], ["--clip", 1e300], ["--clip", 1e-6],
+    ["--dropout", 0.99], ["--lora-r", 2, "--lora-alpha", 1e-6], ["--warmup", 1e-300], ["--trainable", f"lisa:1@{10**20}"],
 ], ids=str)
 def test_an_odd_flag_that_makes_sense_works(world, tmp_path, capsys, more):
     result, err, _ = train(capsys, world, tmp_path / "r", *more)
     assert (result, err) == (0, "") and (tmp_path / "r" / "run.json").exists()
 
 
-@pytest.mark.parametrize("more", [["--lr", 1e38], ["--weight-decay", 1e300], ["--lora-r", 2, "--trainable", "lora,last_block", "--loraplus-ratio", 1e300]], ids=str)
+@pytest.mark.parametrize("more, message", [
+    (["--lr", 1e-12], "weight did not change: at a rate of 1e-12"), (["--lr", 2.9e-8], "raise --lr"),
+    (["--lr-decay", 1e-8], "wte.weight did not change"), (["--lr", 1e-11, "--trainable", "gradual:1", "--epochs", 2, "--max-steps", 9], "did not change"),
+    (["--lora-r", 2, "--lr", 1e-18], "lora_A.default did not change"), (["--lora-r", 2, "--lora-alpha", 1e38], "none of the 2 steps"),
+], ids=str)
+def test_numbers_with_which_nothing_is_learned_are_blamed_and_not_the_proof(world, tmp_path, capsys, more, message):
+    result, err, _ = train(capsys, world, tmp_path / "r", *more)
+    assert result == 1 and is_one_line(err) and message in err and "nothing is saved" in err
+    assert not {"model", "adapter", "run.json"} & {path.name for path in (tmp_path / "r").iterdir()}
+
+
+@pytest.mark.parametrize("more", [["--lr", 1e38], ["--lr", 1e300], ["--weight-decay", 1e300], ["--lora-r", 2, "--trainable", "lora,last_block", "--loraplus-ratio", 1e300]], ids=str)
 def test_weights_that_end_as_nan_or_inf_are_not_saved(world, tmp_path, capsys, more):
     result, err, _ = train(capsys, world, tmp_path / "r", "--warmup", 0, "--schedule", "constant", "--clip", 0, *more)
     assert result == 1 and is_one_line(err) and "holds NaN or inf after step 2" in err
@@ -152,6 +170,34 @@ def test_out_of_memory_in_training_names_batch_longest_example_and_the_flags_tha
     monkeypatch.setattr(evaluate, "load_model", full)
     code, err, _ = attempt(capsys, evaluate.main, world / "run")
     assert code == 1 and is_one_line(err) and "out of memory" in err
+
+
+def test_out_of_memory_in_the_small_scripts_is_one_line(world, tmp_path, capsys, monkeypatch):
+    adapter, scripts = world / "lora" / "adapter", (gpt.main, lora.main, lora.main)
+    flags = (["--model", world / "model", "--prompt", "x"], ["show", adapter], ["merge", "--base", world / "model", "--adapter", adapter, "--out", tmp_path / "m"])
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")):
+        def full(*_, error=error):
+            raise error
+        for module in (gpt, lora):
+            monkeypatch.setattr(module, "_read_entry", full)
+        for main, more in zip(scripts, flags):
+            code, err, _ = attempt(capsys, main, *more)
+            assert code == 1 and is_one_line(err) and "out of memory" in err
+    monkeypatch.setattr(lora, "show", lambda _: F.linear(torch.ones(2), torch.ones(3)))
+    with pytest.raises(RuntimeError, match="size"):
+        lora.main(["show", "x"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fills_up_while_an_adapter_is_merged_or_combined_leaves_nothing(world, tmp_path, capsys):
+    adapter, before = world / "lora" / "adapter", resource.getrlimit(resource.RLIMIT_FSIZE)
+    for more in (["merge", "--base", world / "model", "--adapter", adapter], ["combine", "--adapter", f"{adapter}=1"]):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+        try:
+            code, err, _ = attempt(capsys, lora.main, *more, "--out", tmp_path / "m")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert code == 1 and is_one_line(err) and "model.safetensors" in err and str(tmp_path) in err and not list(tmp_path.iterdir())
 
 
 def test_an_error_that_is_ours_is_not_taken_for_the_users(world, tmp_path, monkeypatch):
@@ -333,6 +379,8 @@ def adapter(**changes):
     ("lora", write("run.json", '{"flags": null}'), "not what finetune.py writes"), ("lora", write("run.json", '{"flags": {"model": 3}}'), "not what finetune.py writes"),
     ("lora", lambda f: edit(f / "run.json", flags__model="no/longer/there"), "its base model is gone: no model folder no/longer/there"),
     ("lora", lambda f: edit(f / "run.json", flags__model=str(f)), "names itself as its base"),
+    ("lora", lambda f: edit(shutil.copytree(f, f.parent / "other") / "run.json", flags__model=str(f)) or edit(f / "run.json", flags__model=str(f.parent / "other")),
+     "names itself as its base, by way of others"), ("lora", lambda f: edit(f / "run.json", flags__model="a\0b"), "not what finetune.py writes"),
     ("lora", lambda f: shutil.rmtree(f / "adapter"), "adapter: no such folder"), ("run", lambda f: shutil.rmtree(f / "model"), "model: no such folder"),
     ("lora", adapter(r=3), "rank 2"), ("lora", adapter(use_dora=True), "use_dora"), ("lora", adapter(target_modules="["), "target_modules"),
     ("lora", adapter(lora_alpha=10**400), "alpha"), ("lora", adapter(rank_pattern=[1]), "copy"), ("lora", write("adapter/adapter_model.safetensors", PICKLE), "not a safetensors"),
@@ -460,6 +508,9 @@ def test_a_wrong_judge_or_text_is_one_line_and_no_key_is_printed_or_stored(world
     (gpt.main, [], 2, "--prompt"), (gpt.main, ["--prompt", ""], 2, "prompt 0 is empty"), (gpt.main, ["--prompt", "x" * 5000], 2, "no room to answer"),
     (gpt.main, ["--prompt", "a", "--max-new-tokens", 0], 2, "max_new_tokens"), (gpt.main, ["--prompt", "a", "--temperature", "nan"], 2, "temperature"),
     (gpt.main, ["--prompt", "a", "--top-k", 3], 2, "temperature 0"), (gpt.main, ["--prompt", "a", "--top-p", 2, "--temperature", 1], 2, "top_p"),
+    (gpt.main, ["--prompt", "a", "--model", ""], 2, "--model: must not be empty"), (gpt.main, ["--prompt", "a", "--seed", 2**64, "--temperature", 1], 2, "--seed 1844"),
+    (lora.main, ["show", ""], 2, "must not be empty"), (lora.main, ["merge", "--base", "", "--adapter", "x", "--out", "fresh"], 2, "--base: must not"),
+    (lora.main, ["combine", "--adapter", "x=1", "--out", ""], 2, "--out: must not"),
     (gpt.main, ["--prompt", "a", "--model", "nowhere"], 1, "no model folder nowhere"), (gpt.main, ["--nonsense"], 2, "--prompt"),
     (lora.main, [], 2, "command"), (lora.main, ["show"], 2, "folder"), (lora.main, ["melt"], 2, "melt"), (lora.main, ["show", "nowhere"], 1, "nowhere"),
     (lora.main, ["merge", "--base", "nowhere", "--adapter", "x", "--out", "fresh"], 1, "nowhere"), (lora.main, ["combine", "--adapter", "x=nan", "--out", "fresh"], 2, "x=nan"),
@@ -502,6 +553,58 @@ def test_the_mains_work_in_a_notebook(world, tmp_path, monkeypatch):
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(finetune.main, flags(world, tmp_path / "other")).result() == 0
     assert "proved" in sys.stdout.text
+
+
+def test_what_a_stranger_wrote_does_not_steer_the_terminal(world, tmp_path, capsys):
+    steer = "\x1b[2J\x07"
+    (tmp_path / "records.json").write_text(json.dumps([{"instruction": "a" + steer, "output": "b"}] * 10))
+    shutil.copytree(world / "model", tmp_path / "copy")
+    tensors(lambda w: w.update({steer: torch.ones(1)}))(tmp_path / "copy")
+    shutil.copytree(world / "lora" / "adapter", tmp_path / "adapter")
+    edit(tmp_path / "adapter" / "adapter_config.json", base_model_name_or_path=steer, target_modules="c_.*" + steer)
+    for main, more, code in ((finetune.main, flags(world, tmp_path / "r", "--data", tmp_path / "records.json"), 0),
+                             (finetune.main, flags(world, tmp_path / "s", "--model", tmp_path / "copy"), 1), (lora.main, ["show", tmp_path / "adapter"], 0)):
+        result, err, out = attempt(capsys, main, *more)
+        assert result == code and "\x1b" not in err + out and "\x07" not in err + out
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="writes to /dev/full")
+def test_a_standard_output_that_is_full_cut_off_or_closed_is_one_line_or_none(world, tmp_path, capsys, monkeypatch):
+    """What was trained or written is worth more than the lines about it; what was only to be shown has failed."""
+    adapter = world / "lora" / "adapter"
+    scripts = {"finetune": (finetune.main, flags(world, tmp_path / "r", "--overwrite", "--no-responses"), 0, "note: standard output: No space left on device; the run goes on"),
+               "gpt": (gpt.main, ["--model", world / "model", "--prompt", "a", "--max-new-tokens", 1], 1, "error: standard output: No space left on device"),
+               "lora": (lora.main, ["show", adapter], 1, "error: standard output: No space left on device")}
+    for main, more, failed, message in scripts.values():
+        for kind in ("full", "cut", "closed"):
+            with monkeypatch.context() as patch:
+                read, write = os.pipe()
+                os.close(read)
+                patch.setattr(sys, "stdout", {"full": lambda: open("/dev/full", "w"), "cut": lambda: os.fdopen(os.dup(write), "w"), "closed": lambda: None}[kind]())
+                code = main([str(flag) for flag in more])
+                os.close(write)
+            err = capsys.readouterr().err
+            if kind == "full":
+                assert code == failed and err.startswith(message) and err.count("\n") == 1
+            else:
+                assert (code, err) == (0, "")
+    assert (tmp_path / "r" / "run.json").exists()
+
+
+def test_the_smallest_temperature_takes_the_likeliest_token(world, capsys):
+    more = ["--model", world / "model", "--prompt", "ab", "--max-new-tokens", 5]
+    greedy = attempt(capsys, gpt.main, *more)
+    for cold in (["--temperature", 1e-320], ["--temperature", 1e-45, "--top-p", 0.5], ["--temperature", 1e-39, "--top-k", 9]):
+        assert attempt(capsys, gpt.main, *more, *cold) == greedy
+
+
+def test_nothing_that_is_read_can_be_executed():
+    """No file of ours unpickles, evaluates or starts anything."""
+    for name in ("gpt", "data", "freeze", "lora", "finetune", "evaluate"):
+        for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            assert not re.fullmatch(r"eval|exec|compile|__import__|torch\.(load|hub\..*|jit\..*)|pickle\..*|os\.(system|popen|exec.*|spawn.*)", called), called
+            assert not isinstance(node, (ast.Import, ast.ImportFrom)) or not re.search(r"\b(pickle|subprocess|importlib|marshal|shelve)\b", ast.unparse(node))
 
 
 def test_ends_without_a_terminal_in_ascii_with_closed_streams_and_into_head(world, tmp_path):
