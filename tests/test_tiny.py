@@ -364,7 +364,7 @@ def test_a_row_that_fails_is_named_and_the_others_are_printed(experiments, tmp_p
     out, err = capsys.readouterr()
     assert "One pass over 956 records unless the row says otherwise; 3 seeds (--seed 1 to 3), mean ± standard error; scored by" in out
     assert "| full, lr 1e-4 | - | - | - | - | `python finetune.py --trainable all --lr 1e-4 --max-examples 956 --epochs 1 --seed 1 --out runs/rates-1` |" in out
-    assert "| LoRA, lr 3e-3 | 7 | 50.0 | 0.250 | 0.125 | `python finetune.py --lora-r 8 --max-examples 956 --epochs 1 --seed 1 --out runs/rates-5` |" in out
+    assert "| LoRA, lr 3e-3 | 7 | 50.0 | 0.250 | 0.125 | `python finetune.py --lora-r 8 --max-examples 956 --epochs 1 --seed 1 --out runs/rates-6` |" in out
     assert err.splitlines()[-1] == "error: not finished: full, lr 1e-4, hybrid, lr 1e-4 and 1e-3; run the table again"
     assert experiments.main(["rates", "--out", str(tmp_path), "--seeds", "1", "--epochs", "2"]) == 0
     assert "2 passes over all records unless the row says otherwise; 1 seed; scored by" in capsys.readouterr().out
