@@ -21,6 +21,7 @@ micro-batches. The same seed, data and flags give the same weights on the same m
 
 import argparse
 import ctypes
+import errno
 import functools
 import hashlib
 import itertools
@@ -33,6 +34,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -45,6 +47,7 @@ warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch says so
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from data import (IGNORE_INDEX, INSTRUCTIONS, RESPONSES, TEMPLATES, batches, collate, data_file, encode_examples, format_prompt,
@@ -63,6 +66,7 @@ except ImportError:  # Windows: run folders are not locked there
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 HEAD_ROWS = 1024  # positions whose logits exist at one time
+PREFIX_BYTES = 2**30  # of --cache-prefix that stay in memory
 CURRICULA = ("none", "length", "level", "ifd", "random")
 TAU = 0.05  # nats per response token by which a shorter instruction may be harder and is still taken
 LEAST_RATE, LEAST_CLIP = 1e-20, 1e-6  # below them updates vanish: beside any weight, beside AdamW's epsilon
@@ -92,6 +96,7 @@ class Data:
     account: dict  # run.json's "data"
     long_test: list[dict] = field(default_factory=list)  # with adaptive instructions: the test records with the long one,
     short_val: list[dict] = field(default_factory=list)  # and the validation records with the short one
+    prefix: "Prefix | None" = None  # with --cache-prefix: what the frozen blocks give for train and val
 
 
 # ---------------------------------------------------------------------------------------------
@@ -196,6 +201,8 @@ def parse_args(argv=None):
     group.add_argument("--dtype", choices=["auto", *DTYPES], default="auto",
                        help="of the matrix products; weights stay fp32 (default: auto = bf16 on GPUs that have it)")
     group.add_argument("--compile", action="store_true", help="compile the blocks with torch.compile: slow to start, then faster")
+    group.add_argument("--cache-prefix", action="store_true",
+                       help="compute what the frozen blocks below the lowest trained one give once for each record, and keep it")
     group.add_argument("--recompute", action="store_true",
                        help="keep only what enters each block and compute the rest again in the backward pass: less memory, more time")
 
@@ -458,7 +465,82 @@ def sha256(path: Path) -> str:
 # loss, schedule, plan and optimizer
 
 
-def loss_sum(model, batch, loss_on, machine):
+class Prefix:
+    """
+    What enters block `layer`, below which all is frozen, for each of `records`: computed when it is first asked for and
+    kept, in memory up to PREFIX_BYTES, then in a nameless file in `folder`.
+
+    The last bits of a matrix product depend on what else is in the batch. So records are computed in fixed groups, of
+    neighbours in length, whichever batch asks: all epochs, in any order, resumed or not, find the same bits.
+    """
+
+    def __init__(self, model, layer: int, records: list, group_size: int, machine: Machine, folder: Path):
+        self.model, self.layer, self.machine, self.folder = model, layer, machine, folder
+        order = sorted(records, key=lambda e: len(e.ids))
+        groups = [order[i:i + group_size] for i in range(0, len(order), group_size)]
+        self.group = {id(e): group for group in groups for e in group}
+        self.kept, self.bytes, self.file = {}, 0, None  # id(record) -> (T, C) in memory, or its position in the file
+
+    def __call__(self, batch: list) -> Tensor:
+        """(B, T, C) for some of the records, rows padded with their last position: nothing looks at it."""
+        for e in batch:
+            if id(e) not in self.kept:
+                self.compute(self.group[id(e)])
+        width = max(len(e.ids) for e in batch) - 1
+        hidden = torch.empty(len(batch), width, self.model.config.n_embd)
+        for row, e in zip(hidden, batch):
+            T, kept = len(e.ids) - 1, self.kept[id(e)]
+            if isinstance(kept, Tensor):
+                row[:T] = kept
+            else:
+                self.file.seek(kept)
+                if self.file.readinto(as_bytes(row[:T])) < row[:T].nbytes:
+                    raise OSError(f"--cache-prefix: the cache in {self.folder} was cut short")
+            row[T:] = row[T - 1]
+        return hidden.to(self.machine.device)
+
+    @torch.no_grad()
+    def compute(self, group: list) -> None:
+        """Run the frozen blocks, which are in eval mode, on a group and keep what they give."""
+        device, dtype = self.machine.device, self.machine.dtype
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            hidden = self.model.hidden_states(collate(group)[0].to(device), self.layer).float().cpu()  # (B, T, C)
+        for e, row in zip(group, hidden):
+            row = row[:len(e.ids) - 1].clone()
+            if self.bytes + row.nbytes <= PREFIX_BYTES:
+                self.kept[id(e)], self.bytes = row, self.bytes + row.nbytes
+                continue
+            try:
+                self.file = self.file or tempfile.TemporaryFile(dir=self.folder, buffering=0)
+                position = self.file.seek(0, os.SEEK_END)
+                if self.file.write(as_bytes(row)) < row.nbytes:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError as error:
+                raise OSError(f"--cache-prefix: what does not fit into memory could not be written to {self.folder} "
+                              f"({error.strerror}); make room there, or leave the flag out") from None
+            self.kept[id(e)] = position
+
+
+def as_bytes(tensor: Tensor):
+    """The memory of a contiguous tensor on the CPU, to be read from or written to."""
+    return (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
+
+
+def prepare_prefix(args, model, plan, data, machine) -> Prefix | None:
+    """For --cache-prefix: the cache below the lowest block that trains at any time of the run; UsageError if there is no such part."""
+    if not args.cache_prefix:
+        return None
+    n_layer, epochs = model.config.n_layer, args.epochs * len(data.stages)
+    names = plan.eligible if "lisa:" in args.trainable else set().union(*(plan.due(epoch, 0) for epoch in range(epochs)))
+    layer = lowest_block(names, n_layer)
+    if layer == 0:
+        first = min(names, key=lambda name: (block_of(name, n_layer), name))
+        raise UsageError(f"--cache-prefix: under --trainable {args.trainable} {first} trains in the course of the run, "
+                         "so no block lies below what trains; leave the flag out")
+    return Prefix(model, layer, data.train + data.val, args.batch_size, machine, args.out)
+
+
+def loss_sum(model, batch, loss_on, machine, prefix: Prefix | None = None):
     """
     Summed cross-entropy (nats) over the supervised tokens of a batch, and their total weight. The head is
     applied only where a loss is wanted: most positions of an instruction are prompt.
@@ -467,8 +549,9 @@ def loss_sum(model, batch, loss_on, machine):
     weights = token_weights(batch, loss_on).flatten()
     wanted = (targets.flatten() != IGNORE_INDEX).nonzero()[:, 0]  # (N,)
     device = machine.device
+    known = {"hidden": prefix(batch), "first": prefix.layer} if prefix else {}
     with torch.autocast(device.type, machine.dtype, enabled=machine.dtype != torch.float32):
-        hidden = model.features(inputs.to(device), wanted=wanted.to(device))  # (N, C)
+        hidden = model.features(inputs.to(device), wanted=wanted.to(device), **known)  # (N, C)
         targets, weights = targets.flatten()[wanted].to(device), weights[wanted].to(device)
         losses = lambda h, t: F.cross_entropy(model.lm_head(h).float(), t, reduction="none")
         if len(wanted) <= HEAD_ROWS:
@@ -479,7 +562,7 @@ def loss_sum(model, batch, loss_on, machine):
     return total, float(weights.sum())
 
 
-def mean_loss(model, encoded, batch_size, loss_on, machine, limit=None) -> float | None:
+def mean_loss(model, encoded, batch_size, loss_on, machine, limit=None, prefix: Prefix | None = None) -> float | None:
     """Loss per supervised token over a data part (at most `limit` batches of it); None for an empty part."""
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].ids))
     chunks = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
@@ -488,7 +571,7 @@ def mean_loss(model, encoded, batch_size, loss_on, machine, limit=None) -> float
     total, count = 0.0, 0.0
     with eval_mode(model):
         for chunk in chunks[machine.rank::machine.world]:
-            loss, n = loss_sum(model, [encoded[i] for i in chunk], loss_on, machine)
+            loss, n = loss_sum(model, [encoded[i] for i in chunk], loss_on, machine, prefix)
             total, count = total + float(loss), count + n
     total, count = total_over_processes([total, count], machine.device)
     return total / count if count else None
@@ -810,27 +893,27 @@ def draw_losses(out: Path) -> str:
 # training
 
 
-def gradients(model, batch, n, args, machine) -> float:
+def gradients(model, batch, n, args, machine, prefix: Prefix | None = None) -> float:
     """
     Accumulate the gradients of a global batch's loss, the sum over supervised tokens divided by their weight
     n; returns that loss. Every process takes its share of the batch, in micro-batches of --batch-size.
     """
     mine, loss = batch[machine.rank::machine.world], 0.0
     for i in range(0, len(mine), args.batch_size):
-        part, _ = loss_sum(model, mine[i:i + args.batch_size], args.loss_on, machine)
+        part, _ = loss_sum(model, mine[i:i + args.batch_size], args.loss_on, machine, prefix)
         (part / n).backward()
         loss += float(part.detach()) / n
     sum_gradients(model.parameters())
     return total_over_processes([loss], machine.device)[0]
 
 
-def take_step(model, plan, optimizer, batch, share, taken, args, machine) -> tuple[float, float]:
+def take_step(model, plan, optimizer, batch, share, taken, args, machine, prefix: Prefix | None = None) -> tuple[float, float]:
     """
     One step on a global batch at `share` of the peak learning rates; `taken` steps went before. Returns the loss and
     the norm of the gradients before clipping; unless both are finite, nothing has moved.
     """
     n = float(token_weights(batch, args.loss_on).sum())
-    loss = gradients(model, batch, n, args, machine)
+    loss = gradients(model, batch, n, args, machine, prefix)
     norm = float(torch.nn.utils.clip_grad_norm_(plan.parameters(), args.clip or math.inf))
     if math.isfinite(loss) and math.isfinite(norm):
         if taken < 2:
@@ -857,7 +940,7 @@ def train(args, machine, model, plan, optimizer, data, state, signals, save_stat
     per_step, total = args.batch_size * args.grad_accum * machine.world, total_steps(args, data.stages, machine.world)
     warmup = round(args.warmup if args.warmup >= 1 else args.warmup * total)
     eval_every = args.eval_every or max(1, total // 10)
-    validate = lambda limit: mean_loss(model, data.val, args.batch_size, args.loss_on, machine, limit)
+    validate = lambda limit: mean_loss(model, data.val, args.batch_size, args.loss_on, machine, limit, data.prefix)
 
     def log(**figures):
         if machine.rank == 0:
@@ -881,7 +964,7 @@ def train(args, machine, model, plan, optimizer, data, state, signals, save_stat
             plan.check_optimizer(optimizer)
         batch = [data.train[i] for i in indices]
         share = rate_at(state["step"], total, warmup, args.schedule)
-        loss, norm = take_step(model, plan, optimizer, batch, share, state["taken"], args, machine)
+        loss, norm = take_step(model, plan, optimizer, batch, share, state["taken"], args, machine, data.prefix)
         state["step"] += 1
         state["tokens"] += sum(len(e.ids) for e in batch)
         finite = math.isfinite(loss) and math.isfinite(norm)
@@ -1126,6 +1209,7 @@ def run(args) -> int:
         raise UsageError(f"--warmup {args.warmup:g}: the run has only {total} steps")
     plan, optimizer = prepare_plan(args, model, data.train)
     choose_how_blocks_run(args, model, plan, machine)
+    data.prefix = prepare_prefix(args, model, plan, data, machine)
 
     wait_for_all()  # every process has seen that --out is free, or resumable
     lock = hold(args.out, machine.rank)

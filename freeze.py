@@ -402,12 +402,16 @@ class Plan:
         eligible = set(self.eligible)
         return [p for name, p in self.named.items() if name in eligible]
 
+    def due(self, epoch: int, step: int) -> set[str]:
+        """The names that train after so many epochs and optimizer steps: always the same, unless the policy is dynamic."""
+        return combine(*self._schedule, when=(epoch, step)) if self._schedule else set(self.trainable)
+
     def advance(self, epoch: int, step: int) -> bool:
         """Before each step, with the epochs and optimizer steps done: switch to the set that is due (by these and
         the seed alone). True if it changed: then call `drop_frozen_state` and `set_modes`. What ceases to be frozen
         must not have changed; what is frozen again must have, which `check_unchanged` asks later."""
         self._step = step
-        due = combine(*self._schedule, when=(epoch, step)) if self._schedule else set(self.trainable)
+        due = self.due(epoch, step)
         thawed, switched = due - set(self.trainable), due ^ set(self.trainable)
         if not switched:
             return False

@@ -383,7 +383,7 @@ def test_the_script_runs_from_anywhere_and_head_does_not_end_it(world, tmp_path)
 # ------------------------------------------------------------------------------ interrupted and resumed
 
 POLICIES = {
-    "full": [], "partial": ["--trainable", "last_block,-biases"], "lora": ["--lora-r", 2, "--lora-dropout", 0.2],
+    "full": [], "partial": ["--trainable", "last_block,-biases", "--cache-prefix"], "lora": ["--lora-r", 2, "--lora-dropout", 0.2],
     "hybrid": ["--lora-r", 2, "--trainable", "lora,last_block"],
 }
 DYNAMIC = {"gradual": ["--trainable", "gradual:1", "--lr-decay", 0.4], "lisa": ["--trainable", "lisa:1@3,embeddings"],

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import finetune
+from freeze import freeze
 from gpt import GPT, GPTConfig
 from test_finetune import losses, metrics, run, stop_after, weights, world  # noqa: F401
 
@@ -127,4 +128,101 @@ def test_what_cannot_speed_a_run_up_is_refused_in_one_line(world, tmp_path, caps
     assert run(world, tmp_path / "r", *flags) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and message in error
+    assert not (tmp_path / "r").exists()
+
+
+# ------------------------------------------------------------------------------ the frozen prefix
+
+LAST = ["--trainable", "last_block", "--epochs", 4, "--max-steps", 20, "--no-responses"]
+
+
+def counted(monkeypatch):
+    """A list that grows with every group of records that the frozen blocks are run on."""
+    calls, true = [], finetune.Prefix.compute
+    monkeypatch.setattr(finetune.Prefix, "compute", lambda self, group: (calls.append(group), true(self, group)))
+    return calls
+
+
+def test_a_cached_prefix_is_computed_once_and_gives_the_bits_of_one_computed_each_time(world, tmp_path, monkeypatch):
+    calls = counted(monkeypatch)
+    assert run(world, tmp_path / "cached", *LAST, "--cache-prefix", "--dropout", 0.1) == 0
+    assert len(calls) == 5 and len({id(e) for group in calls for e in group}) == sum(map(len, calls)) == 36
+    true = finetune.Prefix.__call__
+    monkeypatch.setattr(finetune.Prefix, "__call__", lambda self, batch: (self.kept.clear(), true(self, batch))[1])
+    assert run(world, tmp_path / "anew", *LAST, "--cache-prefix", "--dropout", 0.1) == 0
+    assert len(calls) > 25
+    assert metrics_without_time(tmp_path / "cached") == metrics_without_time(tmp_path / "anew")
+    cached, anew = weights(tmp_path / "cached"), weights(tmp_path / "anew")
+    assert all(torch.equal(cached[n], anew[n]) for n in cached)
+
+
+def metrics_without_time(out):
+    return [{k: v for k, v in m.items() if k != "seconds"} for m in metrics(out)]
+
+
+@pytest.mark.parametrize("flags, tolerance", [([], 1e-5), (["--dtype", "bf16", "--grad-accum", 2, "--batch-size", 4], 5e-3)])
+def test_a_cached_prefix_gives_the_losses_of_a_plain_run(world, tmp_path, flags, tolerance):
+    assert run(world, tmp_path / "plain", *LAST, *flags) == 0
+    assert run(world, tmp_path / "cached", *LAST, *flags, "--cache-prefix") == 0
+    assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "plain"), rel=tolerance)
+    val = [[m["val_loss"] for m in metrics(tmp_path / r) if m["val_loss"]] for r in ("cached", "plain")]
+    assert val[0] == pytest.approx(val[1], rel=tolerance) and len(val[0]) > 2
+
+
+def test_what_does_not_fit_into_memory_goes_to_a_file_that_leaves_no_trace(world, tmp_path, monkeypatch):
+    flags = [*LAST, "--max-steps", 7, "--cache-prefix"]
+    assert run(world, tmp_path / "memory", *flags) == 0
+    files, true = [], finetune.tempfile.TemporaryFile
+    monkeypatch.setattr(finetune.tempfile, "TemporaryFile", lambda **options: (files.append(options["dir"]), true(**options))[1])
+    monkeypatch.setattr(finetune, "PREFIX_BYTES", 100_000)  # of some 400,000
+    assert run(world, tmp_path / "disk", *flags) == 0
+    assert files == [tmp_path / "disk"]
+    assert metrics_without_time(tmp_path / "memory") == metrics_without_time(tmp_path / "disk")
+    assert {p.name for p in (tmp_path / "disk").iterdir()} == {p.name for p in (tmp_path / "memory").iterdir()}
+
+
+@pytest.mark.parametrize("written", [0, None])
+def test_a_disk_that_is_full_of_the_cache_ends_in_one_line(world, tmp_path, monkeypatch, capsys, written):
+    class Full:
+        def seek(self, *where):
+            return 0
+
+        def write(self, data):
+            if written is None:
+                raise OSError(28, "No space left on device")
+            return written
+    monkeypatch.setattr(finetune.tempfile, "TemporaryFile", lambda **options: Full())
+    monkeypatch.setattr(finetune, "PREFIX_BYTES", 100_000)
+    assert run(world, tmp_path / "r", *LAST, "--cache-prefix") == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--cache-prefix" in error and "No space left" in error
+
+
+def test_a_resumed_run_with_a_cached_prefix_gives_the_bits_of_an_undivided_one(world, tmp_path, monkeypatch):
+    flags = [*LAST, "--max-steps", 7, "--cache-prefix"]
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        assert run(world, tmp_path / "r", *flags) == 143
+    assert run(world, tmp_path / "r", *flags[:-1], "--resume") == 1  # other bits: another run
+    assert run(world, tmp_path / "r", *flags, "--resume") == 0
+    assert run(world, tmp_path / "whole", *flags) == 0
+    resumed, whole = weights(tmp_path / "r"), weights(tmp_path / "whole")
+    assert all(torch.equal(resumed[n], whole[n]) for n in whole)
+
+
+@pytest.mark.parametrize("policy, epochs, layer", [
+    ("last_block", 9, 2), ("blocks:1", 1, 1), ("last_block,head", 1, 2), ("head", 1, 3), ("gradual:1", 1, 2), ("gradual:1", 2, 1)])
+def test_the_prefix_ends_below_the_lowest_block_that_trains_at_any_time(policy, epochs, layer):
+    model = GPT(GPTConfig(vocab_size=31, block_size=16, n_layer=3, n_head=2, n_embd=8, tie_word_embeddings=False))
+    args = finetune.parse_args(["--cache-prefix", "--trainable", policy, "--epochs", str(epochs), "--batch-size", "4"])
+    data = finetune.Data([], [], [[]], [], [], {})
+    assert finetune.prepare_prefix(args, model, freeze(model, policy), data, finetune.Machine(torch.device("cpu"))).layer == layer
+
+
+@pytest.mark.parametrize("policy", ["all", "norms", "embeddings", "lisa:1@2", "gradual:1", "first:1", "lora"])
+def test_without_a_block_that_stays_frozen_below_a_cached_prefix_is_refused(world, tmp_path, capsys, policy):
+    flags = ["--lora-r", 2] if policy == "lora" else []
+    assert run(world, tmp_path / "r", "--trainable", policy, *flags, "--epochs", 2, "--cache-prefix") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"--cache-prefix: under --trainable {policy}" in error
     assert not (tmp_path / "r").exists()
