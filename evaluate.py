@@ -105,17 +105,18 @@ def eval_mode(model):
             module.training = training
 
 
+CACHED = 2**14  # most tokens, of all answers together, whose keys and values are in memory at a time: 1.1 GiB for GPT-2 small
 ANSWER_KEYS = ("id", "model_response", "ended", "error")  # of a record: the answer's, whatever the data had there
 
 
 def generate_responses(model, tokenizer, examples: list[dict], prompts: list[list[int]], generate: Callable, *,
-                       max_new_tokens: int = 256, batch_size: int = 32, path: str | Path | None = None,
+                       max_new_tokens: int = 256, batch_size: int = 64, path: str | Path | None = None,
                        progress: Callable | None = None) -> list[dict]:
     """Answer each example greedily; returns the examples in order, each with three more keys: "id" (its index),
     "model_response" (text), "ended" (it produced the end token within its limit).
 
-    prompts: the examples' prompt ids; generate: gpt.generate. Prompts of similar length share a batch.
-    With `path`, answers are appended to that JSON-lines file as they come, and those already in it are
+    prompts: the examples' prompt ids; generate: gpt.generate. Prompts of similar length share a batch, fewer where they
+    are long. With `path`, answers are appended to that JSON-lines file as they come, and those already in it are
     kept; once complete it is in the examples' order. progress(done, total) is called after each batch.
     A prompt that fills the model's block_size gets an empty answer and says so under "error".
     Raises ValueError when the file holds answers to other examples.
@@ -130,8 +131,11 @@ def generate_responses(model, tokenizer, examples: list[dict], prompts: list[lis
         done[i] = record
     todo = sorted(set(range(len(examples))) - set(done), key=lambda i: (-len(prompts[i]), i))
     with open(path or os.devnull, "a", encoding="utf-8") as file, eval_mode(model):
-        for start in range(0, len(todo), batch_size):
-            batch = todo[start : start + batch_size]
+        waiting = todo  # longest first
+        while waiting:
+            size = CACHED // min(block_size, len(prompts[waiting[0]]) + max_new_tokens)
+            batch = waiting[:max(1, min(batch_size, size))]
+            waiting = waiting[len(batch):]
             fits = [i for i in batch if len(prompts[i]) < block_size]
             answers = generate(model, [prompts[i] for i in fits], max_new_tokens, eos_id=tokenizer.eot_token) if fits else []
             new_ids = dict(zip(fits, answers))

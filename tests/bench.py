@@ -494,7 +494,7 @@ def bench_blocks(args):
     for policy in BLOCKS:
         train = {"folder": args.folder, "file": args.file, "policy": policy}
         kept = train | {"flags": ["--cache-prefix", "--epochs", "2"], "skip": args.steps + 1}
-        plain, cached = f"{policy}, plain loop", f"{policy}, fp32, --cache-prefix, 2nd epoch"
+        plain, cached = f"{policy}, plain loop", f"{policy}, --cache-prefix, 2nd epoch"
         replies = take_turns({plain: ("plain_train", train), f"{policy}, fp32": ("our_train", train),
                               f"{policy}, bf16": ("our_train", train | {"flags": ["--dtype", "bf16"]}), cached: ("our_train", kept)},
                              args.requests)
@@ -566,7 +566,7 @@ def bench_long(args):
     path = Path(args.folder) / "long.json"
     path.write_text(json.dumps([{"instruction": "Count.", "output": f"{i} " * 1100} for i in range(10)]))
     for flags in ([], ["--recompute"]):
-        name = " ".join(["full, --max-length 1024, batch of 8", *flags])
+        name = " ".join(["full, 8 x 1,024 ids", *flags])
         train = {"folder": args.folder, "file": str(path), "policy": "all", "flags": ["--max-length", "1024", "--loss-on", "all", *flags]}
         report_memory(take_turns({name: ("our_train", train)}, []), {})
 
@@ -577,7 +577,7 @@ def bench_xl(args):
         once("make_model", folder=folder, shape="quick" if args.quick else "gpt2-xl")
         for policy in ("lora", "last_two_blocks"):
             train = {"folder": folder, "file": some_records(args, 2, 2), "policy": policy, "size": 2, "flags": ["--recompute", "--grad-accum", "2"]}
-            name = f"XL, {policy}, --recompute --grad-accum 2"
+            name = f"XL, {policy}, --recompute"
             report_memory(take_turns({name: ("our_train", train)}, []), {name: 24})
 
 
@@ -621,6 +621,8 @@ def parse_args():
     args.only = args.only.split(",")
     if unknown := set(args.only) - set(BENCHES):
         parser.error(f"--only {','.join(sorted(unknown))}: there are {', '.join(BENCHES)}")
+    if not 1 <= args.steps <= 100:
+        parser.error(f"--steps {args.steps}: 1 to 100, of the 117 in an epoch")
     args.shape, args.steps = ("quick", 3) if args.quick else ("gpt2", args.steps)
     return args
 

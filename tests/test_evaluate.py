@@ -180,6 +180,16 @@ def test_an_answer_that_fills_the_block_has_not_ended_and_a_prompt_that_fills_it
     assert (got[1]["model_response"], got[1]["ended"]) == ("", False) and "4 tokens" in got[1]["error"]
 
 
+def test_batches_are_smaller_where_prompts_are_long(monkeypatch):
+    monkeypatch.setattr(E, "CACHED", 24)
+    sizes = []
+    count = lambda model, batch, *args, **more: sizes.append([len(p) for p in batch]) or fake_generate(model, batch, *args, **more)
+    prompts = [[1] * n for n in (2, 30, 4, 8, 7, 1, 1, 1, 1)]
+    got = E.generate_responses(TinyModel(block_size=40), Letters(), [example(i) for i in range(9)], prompts, count,
+                               max_new_tokens=4, batch_size=4)
+    assert sizes == [[30], [8, 7], [4, 2, 1], [1, 1, 1]] and [r["id"] for r in got] == list(range(9))
+
+
 def test_ids_beyond_the_tokenizer_decode_to_nothing():
     got = E.generate_responses(TinyModel(), Letters(), [example(0)], [[1]], lambda *a, **k: [[2, 10, 3]])
     assert got[0]["model_response"] == "cd"
