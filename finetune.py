@@ -1196,7 +1196,8 @@ def run(args) -> int:
     choose_out(args, adapter)
     if args.resume and (args.out / "run.json").exists():
         shutil.rmtree(args.out / "checkpoints", ignore_errors=True)  # it may have been killed before it did that itself
-        say(f"{args.out}: the run is complete, nothing is left to do")
+        answered = read_json(args.out / "run.json").get("train", {}).get("exact_match") is not None
+        say(f"{args.out}: the run is complete, " + ("nothing is left to do" if answered else "but for its answers: evaluate.py gives them"))
         return 0
     machine = join_processes(choose_device(args.device), args.dtype)
     if machine.rank > 0:
@@ -1213,6 +1214,8 @@ def run(args) -> int:
 
     wait_for_all()  # every process has seen that --out is free, or resumable
     lock = hold(args.out, machine.rank)
+    if machine.rank == 0:
+        check_out(args.out, args.overwrite, args.resume)  # again: another run may have come and gone meanwhile
     if machine.rank == 0 and not args.resume:
         clear_out(args.out)
     announce(args, machine, model, plan, data)

@@ -580,8 +580,8 @@ def combine(args) -> str:
     for name, pairs in parts.items():
         if len({(len(B), A.shape[1]) for A, B in pairs}) > 1:
             raise ValueError(f"the adapters have different shapes in {name}: they do not fit one model")
-        A = torch.cat([A for A, _ in pairs])  # (sum of r, in)
-        B = torch.cat([B for _, B in pairs], dim=1)  # (out, sum of r)
+        As, Bs = zip(*pairs)
+        A, B = torch.cat(As), torch.cat(Bs, dim=1)  # (sum of r, in), (out, sum of r)
         layers[name] = (LoRAConfig(r=len(A), alpha=len(A)), A, B)
     with _complete(out) as folder:
         write_adapter(folder, layers, map(_peft_path, layers), next(iter(bases)))
@@ -622,11 +622,7 @@ def _weighted(text: str) -> tuple[str, float]:
 
 def parse_args(argv=None):
     """Command line of `python lora.py`."""
-    class Parser(argparse.ArgumentParser):  # the commands' parsers too are of this class
-        def error(self, message):
-            self.exit(2, f"error: {message} (see --help)\n")
-
-    parser = Parser(description="Show, merge and combine LoRA adapters (PEFT folders).")
+    parser = argparse.ArgumentParser(description="Show, merge and combine LoRA adapters (PEFT folders).")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("show", help="list an adapter", description=show.__doc__)
     command.add_argument("folder", type=_given, help="a PEFT adapter folder, or a run folder")
@@ -638,6 +634,8 @@ def parse_args(argv=None):
     command.add_argument("--adapter", required=True, action="extend", nargs="+", type=_weighted,
                          metavar="FOLDER=WEIGHT", help="an adapter and its factor; give several")
     command.add_argument("--out", required=True, type=_given, metavar="FOLDER", help="the new adapter folder")
+    for each in (parser, *commands.choices.values()):
+        each.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
     return parser.parse_args(argv)
 
 
@@ -645,20 +643,17 @@ def main(argv=None) -> int:
     """Run a subcommand; returns the exit code."""
     args = parse_args(argv)
     try:
-        text = {"show": show, "merge": merge, "combine": combine}[args.command](args)
+        print({"show": show, "merge": merge, "combine": combine}[args.command](args), flush=True)
+    except BrokenPipeError:  # the reader has seen enough (| head); nothing is left to be flushed at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        memory = "" if isinstance(error, (OSError, ValueError)) else "out of memory: the model or its adapters do not fit. "
+        if isinstance(error, OSError) and error.errno and not error.filename:  # all other files are named
+            error.filename = "standard output"
+        memory = "" if isinstance(error, (OSError, ValueError)) else "out of memory: "
         print(f"error: {memory}{' '.join(str(error).split())}", file=sys.stderr)
         return 1
-    try:
-        print(text, flush=True)
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to be flushed at exit
-        if not isinstance(error, BrokenPipeError):  # else the reader has seen enough (| head)
-            print(f"error: standard output: {error.strerror}", file=sys.stderr)
-            return 1
     return 0
 
 

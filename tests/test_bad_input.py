@@ -574,7 +574,7 @@ def test_a_standard_output_that_is_full_cut_off_or_closed_is_one_line_or_none(wo
     adapter = world / "lora" / "adapter"
     scripts = {"finetune": (finetune.main, flags(world, tmp_path / "r", "--overwrite", "--no-responses"), 0, "note: standard output: No space left on device; the run goes on"),
                "gpt": (gpt.main, ["--model", world / "model", "--prompt", "a", "--max-new-tokens", 1], 1, "error: standard output: No space left on device"),
-               "lora": (lora.main, ["show", adapter], 1, "error: standard output: No space left on device")}
+               "lora": (lora.main, ["show", adapter], 1, "error: [Errno 28] No space left on device: 'standard output'")}
     for main, more, failed, message in scripts.values():
         for kind in ("full", "cut", "closed"):
             with monkeypatch.context() as patch:

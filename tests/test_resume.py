@@ -113,7 +113,9 @@ def test_a_signal_while_the_result_is_validated_or_saved_does_not_lose_it(world,
         true(*args)
     monkeypatch.setattr(finetune, "save", interrupted)
     assert run(world, tmp_path / "a", "--max-steps", 2) == 143
-    assert "evaluate.py" in capsys.readouterr().out and not (tmp_path / "a" / "responses.jsonl").exists()
+    assert "and evaluate.py" in capsys.readouterr().out
+    assert run(world, tmp_path / "a", "--max-steps", 2, "--resume") == 0
+    assert "but for its answers: evaluate.py" in capsys.readouterr().out and not (tmp_path / "a" / "responses.jsonl").exists()
     assert json.loads((tmp_path / "a" / "run.json").read_text())["train"]["steps"] == 2
     assert run(world, tmp_path / "b", "--max-steps", 2, "--no-responses") == 0
     assert result(tmp_path / "a") == result(tmp_path / "b")
@@ -123,6 +125,18 @@ def test_a_run_killed_before_its_first_line_does_not_occupy_the_folder(world, tm
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / ".lock").touch()
     assert run(world, tmp_path / "r", "--max-steps", 2, "--no-responses") == 0
+
+
+def test_a_run_that_came_and_went_while_this_one_was_loading_is_not_replaced(world, tmp_path, monkeypatch, capsys):
+    true = finetune.load_model
+    def slow(*args):
+        monkeypatch.setattr(finetune, "load_model", true)
+        assert run(world, tmp_path / "r", "--max-steps", 2, "--no-responses") == 0
+        return true(*args)
+    monkeypatch.setattr(finetune, "load_model", slow)
+    assert run(world, tmp_path / "r", "--max-steps", 2, "--seed", 1, "--no-responses") == 1
+    assert "holds a run" in capsys.readouterr().err
+    assert json.loads((tmp_path / "r" / "run.json").read_text())["flags"]["seed"] == 123
 
 
 # ------------------------------------------------------------------------------ checkpoints
