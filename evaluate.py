@@ -46,6 +46,12 @@ warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch says so
 import torch
 import torch.nn.functional as F
 
+
+def harmless(text: str) -> str:
+    """A text from outside without control characters, by which it could steer a terminal."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
+
+
 # ---------------------------------------------------------------- records on disk
 
 
@@ -525,7 +531,7 @@ def error_text(text: str) -> str:
         value = value.get("error") or value.get("detail") or value
     if value is None:
         value = re.sub(r"<[^>]*>", " ", text)  # perhaps an HTML page
-    return " ".join((value if isinstance(value, str) else json.dumps(value)).split())[:200]
+    return harmless(" ".join((value if isinstance(value, str) else json.dumps(value)).split()))[:200]
 
 
 def retry_delay(headers, attempt: int) -> float:
@@ -771,7 +777,7 @@ def group_means(responses: list[dict], values: dict, group: str) -> dict:
     members = {}
     for r in responses:
         if group in r:
-            members.setdefault(str(r[group]), []).append(example_key(r))
+            members.setdefault(" ".join(str(r[group]).split()), []).append(example_key(r))
     return {name: {"n": len(keys)} | {m: statistics.fmean(values[m][k] for k in keys) for m in ("exact_match", "token_f1")}
             for name, keys in sorted(members.items())}
 
@@ -1295,7 +1301,7 @@ def judge_pairs(first: Run, second: Run, judge: Judge) -> dict:
 def say(text: str) -> None:
     """Print at once; an OSError names the standard output, to which nothing is written any more."""
     try:
-        print(text, flush=True)
+        print(harmless(text), flush=True)
     except OSError as error:
         sys.stdout = open(os.devnull, "w")  # Python flushes once more at its end
         raise type(error)(error.errno, error.strerror, "standard output") from None
@@ -1360,7 +1366,7 @@ def main(argv=None) -> int:
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         if not isinstance(error, (ValueError, OSError, JudgeError)) and not is_out_of_memory(error):
             raise
-        print(f"error: {'out of memory: ' * is_out_of_memory(error)}{' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {'out of memory: ' * is_out_of_memory(error)}{harmless(' '.join(str(error).split()))}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
 
 

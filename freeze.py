@@ -618,8 +618,6 @@ def parse_args(argv=None):
 def main(argv=None) -> int:
     """Print what the policy does to the model; returns the exit code: 1 for the model, 2 for the policy."""
     args = parse_args(argv)
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # closed (>&-)
-    sys.stdout.reconfigure(errors="backslashreplace")
     from gpt import GPT
     from lora import add_lora
 
@@ -645,4 +643,6 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
+    if sys.stdout:  # None when closed (>&-)
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(main())

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 import data
 import evaluate
 import finetune
+import freeze
 import gpt
 import lora
 from gpt import GPT, GPTConfig, read_safetensors, write_safetensors
@@ -545,7 +546,8 @@ def test_the_mains_work_in_a_notebook(world, tmp_path, monkeypatch):
 
     commands = ((finetune.main, flags(world, tmp_path / "run")), (evaluate.main, [str(tmp_path / "run")]), (evaluate.main, [str(tmp_path / "run"), "--ask", "☃?"]),
                 (gpt.main, ["--model", str(world / "model"), "--prompt", "☃", "--max-new-tokens", "2"]),
-                (data.main, ["--data", str(world / "records.json"), "--model", str(world / "model")]), (lora.main, ["show", str(world / "lora" / "adapter")]))
+                (data.main, ["--data", str(world / "records.json"), "--model", str(world / "model")]),
+                (freeze.main, ["--model", str(world / "model")]), (lora.main, ["show", str(world / "lora" / "adapter")]))
     for main, more in commands:
         monkeypatch.setattr(sys, "stdout", OutStream())
         assert not asyncio.run(cell(main, *more)) and sys.stdout.text.endswith("\n"), main.__module__

@@ -1180,6 +1180,17 @@ def test_a_standard_output_that_is_full_is_an_error_and_a_closed_one_is_not(make
     assert E.main([run]) == 0 and capsys.readouterr().err == ""
 
 
+def test_nothing_from_outside_steers_the_terminal(make_run, server, capsys):
+    run = make_run(task="a\nb\x1b[2J")
+    assert E.main([str(run)]) == 0
+    assert "  exact match, task a b\ufffd[2J" in capsys.readouterr().out
+    server.reply = lambda *a: (401, {}, '{"error": "\\u001b[2J\\u009b1m\\rno"}')
+    assert judge(run, server) == 1
+    assert "401: \ufffd[2J\ufffd1m no;" in capsys.readouterr().err
+    E.say("ä☃\t\x07\n\x7f")
+    assert capsys.readouterr().out == "ä☃\t\ufffd\n\ufffd\n"
+
+
 def test_progress_is_shown_on_a_terminal_only(monkeypatch):
     for stderr, term in ((None, "xterm"), (SimpleNamespace(isatty=lambda: False), "xterm"), (SimpleNamespace(isatty=lambda: True), "dumb")):
         monkeypatch.setattr(sys, "stderr", stderr)

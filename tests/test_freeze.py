@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -1272,7 +1273,9 @@ def test_the_script_meets_an_output_that_is_closed_full_or_ascii(folder, monkeyp
     assert capsys.readouterr().err == "error: [Errno 28] No space left on device\n"
     with open(tmp_path / "log", "w", encoding="ascii") as log:
         monkeypatch.setattr(sys, "stdout", log)
-        assert freeze_file.main(["--model", folder, "--trainable", "[!☃]*"]) == 0
+        monkeypatch.setattr(sys, "argv", ["freeze.py", "--model", str(folder), "--trainable", "[!☃]*"])
+        with pytest.raises(SystemExit, match="^0$"):
+            runpy.run_path(freeze_file.__file__, run_name="__main__")
     assert r"[!\u2603]*: trains" in (tmp_path / "log").read_text()
 
 
