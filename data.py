@@ -236,10 +236,17 @@ def _records(path):
             raise ValueError(f"{path} is neither a JSON array nor JSON lines: {reason}")
 
 
+def _unique(pairs):
+    """The fields of a JSON object, of which json.loads would otherwise drop all but the last of one name."""
+    if len(fields := dict(pairs)) < len(pairs):
+        raise ValueError(f"the fields {[name for name, _ in pairs]} are not unique")
+    return fields
+
+
 def _parse(text, where):
     """JSON from bytes; all that can fail is a ValueError that names the place."""
     try:
-        return json.loads(text.decode("utf-8-sig"))
+        return json.loads(text.decode("utf-8-sig"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         why = str(error).replace("line 1 column", "column")
         raise ValueError(f"{where}: not JSON in UTF-8 ({why}); a file is one array, or one record per line") from None

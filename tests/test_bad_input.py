@@ -256,7 +256,7 @@ ROW = '{"instruction": "a", "output": "b"}'
     (b"\x1f\x8b\0\0", [], "gunzip"), ("<!doctype html>", [], "web page"), ("version https://git-lfs.github.com/spec/v1", [], "git lfs pull"),
     (b"\x80\x04cos\nsystem\n.", [], "neither a JSON array nor JSON lines"), ("instruction,output\na,b", [], "neither"),
     (json.dumps(RECORDS).encode("utf-16"), [], "neither"), ('[{"instruction": "é", "output": "b"}]'.encode("latin-1"), [], "UTF-8"),
-    ("[" * 100_000, [], "recursion"), (ROW.replace('"b"', "9" * 5000), [], "digits"), (ROW.replace("b", "\\ud800"), [], "lone surrogate"),
+    ("[" * 100_000, [], "recursion"), ("[" + ",".join([ROW] * 9 + [ROW.replace("{", '{"output": "c", ')]) + "]", [], "['output', 'instruction', 'output'] are not unique"), (ROW.replace('"b"', "9" * 5000), [], "digits"), (ROW.replace("b", "\\ud800"), [], "lone surrogate"),
     (ROW.replace('"b"', '" "'), [], "output is empty"), (ROW.replace('"b"', "null"), [], "output must be text"),
     ([LONG] * 40, [], "training records: none of 34 examples"), (RECORDS[:38] + [LONG] * 2, [], "validation records: none of 2"),
     (RECORDS, ["--curriculum", "level"], "record 1 has no number under 'level'"),
