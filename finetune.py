@@ -674,6 +674,7 @@ def wait_for_all() -> None:
 # ---------------------------------------------------------------------------------------------
 # checkpoints: state.safetensors (what trains, AdamW's moments) and manifest.json, renamed into place together
 
+UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # network file systems may have no locks, or no sync of folders
 SETTINGS = ("out", "resume", "overwrite", "eval_every", "eval_batches", "checkpoint_every", "keep", "no_responses", "device", "recompute")
 
 
@@ -701,6 +702,9 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
     finally:
         os.close(descriptor)
 
@@ -817,6 +821,8 @@ def hold(out: Path, rank: int):
     except BlockingIOError:
         raise FileExistsError(f"--out {out}: another run is writing there now; choose another") from None
     except OSError as error:
+        if error.errno in UNSUPPORTED:
+            return say(f"note     {out} cannot be locked there: see to it that no other run writes to it")
         raise OSError(f"--out {out}: cannot be written ({error.strerror}); choose another") from None
 
 
@@ -1293,6 +1299,8 @@ def main(argv=None) -> int:
         if not isinstance(error, (ValueError, OSError, ArithmeticError, FreezeError)) and not is_out_of_memory(error):
             raise
         kind = "freeze proof broken: " if isinstance(error, FreezeError) else "out of memory: " if is_out_of_memory(error) else ""
+        if kind == "out of memory: " and "--batch-size" not in str(error):  # not in training, then
+            kind += f"--model {args.model} is too large for this machine. "
         print(f"error: {kind}{excerpt(str(error), 10_000)}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
 

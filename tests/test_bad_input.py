@@ -167,7 +167,8 @@ def test_out_of_memory_in_training_names_batch_longest_example_and_the_flags_tha
         longest = re.search(r"up to (\d+) tokens", err)
         assert 150 < int(longest[1]) < 170 and "--grad-accum" in err and "--max-length" in err
     monkeypatch.setattr(finetune, "load_model", full)
-    assert is_one_line(train(capsys, world, tmp_path / "r")[1])
+    err = train(capsys, world, tmp_path / "r")[1]
+    assert is_one_line(err) and f"--model {world / 'model'} is too large" in err
     monkeypatch.setattr(evaluate, "load_model", full)
     code, err, _ = attempt(capsys, evaluate.main, world / "run")
     assert code == 1 and is_one_line(err) and "out of memory" in err

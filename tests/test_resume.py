@@ -1,10 +1,12 @@
 """finetune.py killed at any moment, on full disks, on changed inputs: it goes on bit for bit, or says in one line why not."""
 
+import errno
 import json
 import os
 import resource
 import shutil
 import signal
+import stat
 import sys
 
 import pytest
@@ -72,7 +74,7 @@ def test_killed_at_any_change_of_a_file_and_again_while_resuming_it_ends_with_th
             assert ends[-1] in (reached - 1, reached)  # no more is lost than since the last checkpoint
         killed(lambda: run(world, out, *QUICK, "--resume"), out, 6)
         assert run(world, out, *QUICK, "--resume") == 0
-        assert result(out) == result(tmp_path / "whole") and not (out / "checkpoints").exists()
+        assert result(out) == result(tmp_path / "whole") and not (out / "checkpoints").exists() and not list(out.rglob("*.tmp"))
     assert ends[0] == "too early" and {1, 2, 3, 4, "complete"} <= set(ends)
 
 
@@ -125,6 +127,25 @@ def test_a_run_killed_before_its_first_line_does_not_occupy_the_folder(world, tm
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / ".lock").touch()
     assert run(world, tmp_path / "r", "--max-steps", 2, "--no-responses") == 0
+
+
+def test_a_file_system_without_locks_and_sync_of_folders_is_enough_and_a_broken_disk_is_not(world, tmp_path, monkeypatch, capsys):
+    def unlockable(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+    true, code = os.fsync, [errno.EINVAL]
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(code[0], os.strerror(code[0]))
+        true(descriptor)
+    monkeypatch.setattr(finetune.fcntl, "flock", unlockable)
+    monkeypatch.setattr(os, "fsync", fsync)
+    flags = ["--max-steps", 3, "--checkpoint-every", 1, "--no-responses"]
+    assert run(world, tmp_path / "a", *flags) == 0
+    assert "a cannot be locked there" in capsys.readouterr().out
+    code[0] = errno.EIO
+    assert run(world, tmp_path / "b", *flags) == 1
+    err = capsys.readouterr().err
+    assert "step-000001.tmp: the checkpoint of" in err and "Input/output error" in err and err.count("\n") == 1
 
 
 def test_a_run_that_came_and_went_while_this_one_was_loading_is_not_replaced(world, tmp_path, monkeypatch, capsys):
