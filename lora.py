@@ -410,18 +410,25 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def write_json(path: Path, value: dict) -> None:
-    """Write JSON to a temporary name, then rename: a reader never sees half a file."""
+@contextmanager
+def _replacing(path: Path):
+    """A temporary name for what is to be `path`, renamed when it is written: a reader never sees half a file."""
     temp = path.with_name(path.name + ".tmp")
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     try:
-        temp.write_text(text, encoding="utf-8", errors="backslashreplace")  # a path may hold half a character
+        yield temp
         os.replace(temp, path)
     except OSError as error:
         error.filename = str(path)  # a full disk names no file
         raise
     finally:
         temp.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write JSON, whole or not at all."""
+    with _replacing(path) as temp:
+        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        temp.write_text(text, encoding="utf-8", errors="backslashreplace")  # a path may hold half a character
 
 
 DTYPES = {
@@ -492,33 +499,25 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write tensors (any layout or device) to a temporary name, sync, then rename it to `path`."""
+    """Write tensors (any layout or device), whole or not at all, and onto the disk."""
     codes = {dtype: code for code, dtype in DTYPES.items()}
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header, position = {"__metadata__": {"format": "pt"}}, 0
     for name in names:
         t = tensors[name]
-        end = position + t.numel() * t.element_size()
+        end = position + t.nbytes
         header[name] = {"dtype": codes[t.dtype], "shape": list(t.shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-len(text) % 8)
-    temp = path.with_name(path.name + ".tmp")
-    try:
-        with open(temp, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for name in names:
-                t = tensors[name].detach().cpu().contiguous()  # one tensor at a time: no second copy of the model
-                if t.numel():
-                    file.write((ctypes.c_char * (t.numel() * t.element_size())).from_address(t.data_ptr()))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temp, path)
-    except OSError as error:
-        error.filename = str(path)  # a full disk names no file
-        raise
-    finally:
-        temp.unlink(missing_ok=True)
+    with _replacing(path) as temp, open(temp, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            t = tensors[name].detach().cpu().contiguous()  # one tensor at a time: no second copy of the model
+            if t.numel():
+                file.write((ctypes.c_char * t.nbytes).from_address(t.data_ptr()))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 # ---------------------------------------------------------------------------------------------
