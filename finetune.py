@@ -547,6 +547,7 @@ def loss_sum(model, batch, loss_on, machine, prefix: Prefix | None = None):
     """
     inputs, targets = collate(batch, loss_on)  # (B, T) each
     weights = token_weights(batch, loss_on).flatten()
+    n = float(weights.sum())  # before they are on the GPU: asking it would hold up the backward pass
     wanted = (targets.flatten() != IGNORE_INDEX).nonzero()[:, 0]  # (N,)
     device = machine.device
     known = {"hidden": prefix(batch), "first": prefix.layer} if prefix else {}
@@ -559,7 +560,7 @@ def loss_sum(model, batch, loss_on, machine, prefix: Prefix | None = None):
         else:  # logits of a part at a time, computed again in the backward pass: all at once would fill the memory
             parts = zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS), weights.split(HEAD_ROWS))
             total = sum(checkpoint(losses, h, t, use_reentrant=False) @ w for h, t, w in parts)
-    return total, float(weights.sum())
+    return total, n
 
 
 def mean_loss(model, encoded, batch_size, loss_on, machine, limit=None, prefix: Prefix | None = None) -> float | None:
@@ -1034,9 +1035,10 @@ class Signals:
 
     def on_any_process(self, device) -> int:
         """The signal noted here or elsewhere, or 0: all processes must stop after the same step."""
+        if not dist.is_initialized():
+            return self.noted
         noted = torch.tensor(self.noted, device=device)
-        if dist.is_initialized():
-            dist.all_reduce(noted, op=dist.ReduceOp.MAX)
+        dist.all_reduce(noted, op=dist.ReduceOp.MAX)
         return int(noted)
 
 
