@@ -1103,7 +1103,7 @@ def lengthen(args, model, tokenizer, data) -> list[dict]:
 
 
 def announce(args, machine, model, plan, data) -> None:
-    """What is about to happen, in five lines."""
+    """What is about to happen, in a few lines."""
     config = model.config
     total = sum(p.numel() for p in model.parameters())
     say(f"model    {args.model}: {total:,} parameters, {config.n_layer} blocks of width {config.n_embd}, on {machine.device} in "
@@ -1114,6 +1114,10 @@ def announce(args, machine, model, plan, data) -> None:
     rates = f"lr {args.lr:g}" + (f", adapters {adapter_lr(args, plan):g}" if mixed else "")
     say(f"train    {args.epochs} epochs in batches of {args.batch_size}"
         + (f" x {args.grad_accum}" if args.grad_accum > 1 else "") + f", {rates}, loss on {args.loss_on}")
+    if data.prefix:
+        size = sum(len(e.ids) - 1 for e in data.train + data.val) * config.n_embd * 4
+        say(f"prefix   {data.prefix.layer} frozen blocks are run once for each record; what they give, {size / 2**30:.2f} GiB at most, is kept"
+            + (f", all but {PREFIX_BYTES / 2**30:g} GiB of it on the disk" if size > PREFIX_BYTES else ""))
 
 
 def conclude(args, plan, figures, n_test, seconds) -> None:

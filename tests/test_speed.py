@@ -169,14 +169,15 @@ def test_a_cached_prefix_gives_the_losses_of_a_plain_run(world, tmp_path, flags,
     assert val[0] == pytest.approx(val[1], rel=tolerance) and len(val[0]) > 2
 
 
-def test_what_does_not_fit_into_memory_goes_to_a_file_that_leaves_no_trace(world, tmp_path, monkeypatch):
+def test_what_does_not_fit_into_memory_goes_to_a_file_that_leaves_no_trace(world, tmp_path, monkeypatch, capsys):
     flags = [*LAST, "--max-steps", 7, "--cache-prefix"]
     assert run(world, tmp_path / "memory", *flags) == 0
+    assert "prefix   1 frozen blocks" in (out := capsys.readouterr().out) and "on the disk" not in out
     files, true = [], finetune.tempfile.TemporaryFile
     monkeypatch.setattr(finetune.tempfile, "TemporaryFile", lambda **options: (files.append(options["dir"]), true(**options))[1])
     monkeypatch.setattr(finetune, "PREFIX_BYTES", 100_000)  # of some 400,000
     assert run(world, tmp_path / "disk", *flags) == 0
-    assert files == [tmp_path / "disk"]
+    assert files == [tmp_path / "disk"] and "on the disk" in capsys.readouterr().out
     assert metrics_without_time(tmp_path / "memory") == metrics_without_time(tmp_path / "disk")
     assert {p.name for p in (tmp_path / "disk").iterdir()} == {p.name for p in (tmp_path / "memory").iterdir()}
 
