@@ -40,6 +40,7 @@ import time
 import warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,7 +56,7 @@ from data import (IGNORE_INDEX, INSTRUCTIONS, RESPONSES, TEMPLATES, batches, col
                   split_examples, split_stages, token_weights)
 from evaluate import (drawable, eval_mode, exact_match, example_nlls, first_token_entropies, generate_responses,
                       instruction_following_difficulty, plot_losses, read_records, sparkline, write_records)
-from freeze import FreezeError, freeze
+from freeze import FreezeError, freeze, whole
 from gpt import GPT, generate, model_folder, read_json, read_safetensors, write_json, write_safetensors
 from lora import add_lora, load_lora, save_lora
 
@@ -147,7 +148,7 @@ def parse_args(argv=None):
         epilog="auto: models below 10 M parameters take lr 3e-4, 3 epochs, batches of 16; larger ones lr 5e-5, "
                "2 epochs, batches of 8 (the book's). Adapters learn at ten times the rate of full weights: --lr is the "
                "rate of the full weights, or of the adapters where nothing else trains.")
-    parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
+    parser.error = lambda message: sys.exit(complain(f"{message} (see --help)") or 2)
 
     group = parser.add_argument_group("what")
     group.add_argument("--model", type=given, default="tiny", help="a model folder, a run folder, or tiny (embedded, the default), gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2 (downloaded once)")
@@ -205,6 +206,7 @@ def parse_args(argv=None):
                        help="compute what the frozen blocks below the lowest trained one give once for each record, and keep it")
     group.add_argument("--recompute", action="store_true",
                        help="keep only what enters each block and compute the rest again in the backward pass: less memory, more time")
+    group.add_argument("--fsdp", action="store_true", help="with torchrun: shard weights, gradients and optimizer over the processes")
 
     group = parser.add_argument_group("output")
     group.add_argument("--eval-every", type=count, help="validate every so many steps (default: ten times a run)")
@@ -221,6 +223,8 @@ def check_flags(args, parser):
     """Refuse flags that the others would make meaningless, and fill in the defaults that depend on them."""
     if args.resume and args.overwrite:
         parser.error("--resume and --overwrite exclude each other")
+    if args.fsdp and args.cache_prefix:
+        parser.error("--fsdp and --cache-prefix exclude each other: a sharded block runs in all processes at once, the cache when one asks")
     if 0 < args.clip < LEAST_CLIP:
         parser.error(f"--clip {args.clip:g}: must be 0 (do not clip) or at least {LEAST_CLIP:g}, or the updates vanish")
     if args.select and not args.max_examples:
@@ -240,7 +244,7 @@ def check_flags(args, parser):
 
 
 # ---------------------------------------------------------------------------------------------
-# the machine and the model at hand
+# the machine: its memory, its devices, and several processes, one per device, which torchrun starts
 
 
 def keep_memory() -> None:
@@ -256,11 +260,15 @@ def keep_memory() -> None:
     mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-def choose_device(name: str) -> torch.device:
-    """Resolve `auto`; UsageError for what this machine does not have."""
+def choose_device(name: str, world: int = 1) -> torch.device:
+    """Resolve `auto`, and `cuda` for one of several processes; UsageError for what this machine does not have."""
     if name == "auto":
-        mine = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun numbers the processes of a machine
-        name = mine if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        mps = torch.backends.mps.is_available() and world == 1  # gloo cannot sum over it
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if world > 1 and name not in ("cpu", "cuda"):
+        raise UsageError(f"--device {name}: each of several processes takes its own; say cpu or cuda")
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun numbers the processes of a machine
     try:
         torch.zeros(1, device=name)
         known = torch.device(name).type in ("cpu", "cuda", "mps")
@@ -271,17 +279,107 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def join_processes(device: torch.device, dtype: str) -> Machine:
+def join_processes(args) -> Machine:
     """This process among those that torchrun has started, or alone."""
-    if dtype == "auto":
-        dtype = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     world = int(os.environ.get("WORLD_SIZE", 1))
+    if args.fsdp and world == 1:
+        raise UsageError("--fsdp: there is one process, and nothing to shard over; start several with torchrun --nproc_per_node=N finetune.py")
+    device = choose_device(args.device, world)
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = DTYPES["bf16" if fast else "fp32"] if args.dtype == "auto" else DTYPES[args.dtype]
     if world == 1:
-        return Machine(device, DTYPES[dtype])
-    if device.type == "cuda":
+        return Machine(device, dtype)
+    nccl = device.type == "cuda"
+    if nccl:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return Machine(device, DTYPES[dtype], dist.get_rank(), world)
+    patience = timedelta(days=1)  # with one process that downloads; torchrun notices those that have died
+    dist.init_process_group("nccl" if nccl else "gloo", timeout=patience, device_id=device if nccl else None)
+    return Machine(device, dtype, dist.get_rank(), world)
+
+
+def wait_for_all() -> None:
+    """Let the slowest process catch up."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def leave_processes() -> None:
+    """When all have come so far, this process is one alone."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def in_turn(fetch):
+    """fetch() in the first process of all, then in the first of each other machine, then in the rest: what it downloads is there already."""
+    mine = 0 if os.environ.get("RANK", "0") == "0" else 1 if os.environ.get("LOCAL_RANK") == "0" else 2
+    for turn in range(3):
+        if turn == mine:
+            result = fetch()
+        wait_for_all()
+    return result
+
+
+def total_over_processes(values: list[float], device) -> list[float]:
+    """Sums over all processes."""
+    if not dist.is_initialized():
+        return values
+    tensor = torch.tensor(values, dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
+    dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def sum_gradients(parameters) -> None:
+    """Add up the gradients of all processes, each from its share of the global batch's summed loss. Sharded ones are added up already."""
+    if dist.is_initialized():
+        for p in parameters:
+            if p.grad is not None and not hasattr(p, "full_tensor"):
+                dist.all_reduce(p.grad)
+
+
+def shard(model, plan) -> None:
+    """Leave each process a part of every tensor. Those of a block are put together while it runs."""
+    from torch.distributed.device_mesh import init_device_mesh  # takes a second
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    mesh = init_device_mesh(model.wte.weight.device.type, (dist.get_world_size(),))
+    for module in (*model.h, model):
+        fully_shard(module, mesh=mesh)
+        module.set_gradient_divide_factor(1.0)  # their sum, as in sum_gradients; gloo and NCCL have it
+        module.set_force_sum_reduction_for_comms(True)
+    register_fsdp_forward_method(model, "features")
+    reshard(model)
+    plan.rebind(model)
+
+
+def unshard(model) -> None:
+    """Put a sharded model together, in all processes: until `reshard` each can use it alone, as if it were not sharded."""
+    for module in model.modules():
+        if hasattr(module, "unshard"):
+            module.set_reshard_after_forward(False, recurse=False)
+            module.unshard()
+
+
+def reshard(model) -> None:
+    """Leave each process its part again. What is outside the blocks stays together after `features`, for the head."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
+            module.set_reshard_after_forward(module is not model, recurse=False)
+
+
+def cut_as(p, tensor):
+    """A tensor on p's device, and sharded if p is, whose shape it has."""
+    tensor = tensor.to(p.device)
+    if not hasattr(p, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, p.device_mesh, p.placements, src_data_rank=None)
+
+
+# ---------------------------------------------------------------------------------------------
+# the model at hand
 
 
 def locate(model: str, above=()) -> tuple[Path, Path | None]:
@@ -571,9 +669,12 @@ def mean_loss(model, encoded, batch_size, loss_on, machine, limit=None, prefix: 
         chunks = chunks[::math.ceil(len(chunks) / limit) or 1]  # spread over the lengths
     total, count = 0.0, 0.0
     with eval_mode(model):
-        for chunk in chunks[machine.rank::machine.world]:
-            loss, n = loss_sum(model, [encoded[i] for i in chunk], loss_on, machine, prefix)
-            total, count = total + float(loss), count + n
+        for first in range(0, len(chunks), machine.world):  # each process as often: a sharded model needs them all
+            mine = first + machine.rank
+            loss, n = loss_sum(model, [encoded[i] for i in chunks[min(mine, len(chunks) - 1)]], loss_on, machine, prefix)
+            if mine < len(chunks):
+                total, count = total + float(loss), count + n
+    reshard(model)
     total, count = total_over_processes([total, count], machine.device)
     return total / count if count else None
 
@@ -628,6 +729,8 @@ def prepare_plan(args, model, train_set):
             raise UsageError(f"{flag} {value:g}: no adapter trains under --trainable {args.trainable}; add lora to it")
     alone = len(adapters) == len(plan.eligible)
     args.lr = args.lr or (3e-4 if is_small(model) else 5e-5) * (10 if alone else 1)
+    if args.fsdp:
+        shard(model, plan)
     plan.set_modes(model.train())
     plan.check_model(model)
     optimizer = build_optimizer(model, plan, args.lr, adapter_lr(args, plan), args.loraplus_ratio or 1.0,
@@ -642,34 +745,6 @@ def prepare_plan(args, model, train_set):
 def adapter_lr(args, plan) -> float:
     """--lr where only adapters train; ten times that where full weights train beside them."""
     return args.lr if all(map(is_adapter, plan.eligible)) else 10 * args.lr
-
-
-# ---------------------------------------------------------------------------------------------
-# several processes: torchrun starts them, one per device
-
-
-def total_over_processes(values: list[float], device) -> list[float]:
-    """Sums over all processes."""
-    if not dist.is_initialized():
-        return values
-    tensor = torch.tensor(values, dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
-    dist.all_reduce(tensor)
-    return tensor.tolist()
-
-
-def sum_gradients(parameters) -> None:
-    """Add up the gradients of all processes. Each holds its share of the same global batch's summed loss."""
-    if dist.is_initialized():
-        for p in parameters:
-            if p.requires_grad:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # a process may have had no example
-                dist.all_reduce(p.grad)
-
-
-def wait_for_all() -> None:
-    """Let the slowest process catch up."""
-    if dist.is_initialized():
-        dist.barrier()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -715,18 +790,25 @@ def manifest_sha256(manifest: dict) -> str:
     return hashlib.sha256(json.dumps({k: v for k, v in manifest.items() if k != "sha256"}, sort_keys=True).encode()).hexdigest()
 
 
-def save_checkpoint(out: Path, state: dict, run: dict, model, plan, optimizer, keep: int) -> None:
+def trained_tensors(model, plan, optimizer, machine) -> dict:
+    """What trains and the optimizer's state of it, as a checkpoint names them; all processes must ask, the first one gets them."""
+    tensors, eligible = {}, set(plan.eligible)
+    for name, p in model.named_parameters():
+        if name in eligible:
+            for key, value in ({"weight": p} | optimizer.state.get(p, {})).items():
+                value = whole(value.detach())
+                if machine.rank == 0:
+                    tensors[f"{key}.{name}"] = value
+    return tensors
+
+
+def save_checkpoint(out: Path, state: dict, run: dict, tensors: dict, plan, keep: int) -> None:
     """
     Write checkpoints/step-N whole or not at all, then remove all but the newest `keep`. What is frozen is
     not in it: it is read from --model again, and the digests in the proof show that it is the same.
     """
     folder = out / "checkpoints" / f"step-{state['step']:06d}"
     temp = folder.with_suffix(".tmp")
-    tensors, eligible = {}, set(plan.eligible)
-    for name, p in model.named_parameters():
-        if name in eligible:
-            tensors["weight." + name] = p
-            tensors |= {f"{key}.{name}": value for key, value in optimizer.state.get(p, {}).items()}
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     try:
         for torn in folder.parent.glob("step-*.tmp"):  # a killed process left it
@@ -770,7 +852,7 @@ def find_checkpoint(out: Path) -> tuple[Path, dict]:
     raise FileNotFoundError(f"--resume: no intact checkpoint in {out / 'checkpoints'}; start anew with --overwrite or another --out")
 
 
-def load_checkpoint(args, run: dict, model, plan, optimizer) -> dict:
+def load_checkpoint(args, machine, run: dict, model, plan, optimizer) -> dict:
     """Put the newest intact checkpoint into model and optimizer; ValueError if it belongs to another run."""
     folder, manifest = find_checkpoint(args.out)
     then, now = manifest["run"], json.loads(json.dumps(run))
@@ -782,10 +864,10 @@ def load_checkpoint(args, run: dict, model, plan, optimizer) -> dict:
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name in plan.eligible:
-                p.copy_(tensors["weight." + name])
-                moments = {key: tensors.get(f"{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
-                if moments["step"] is not None:
-                    optimizer.state[p] = {key: value.to(p.device) for key, value in moments.items()}
+                p.copy_(cut_as(p, tensors["weight." + name]))
+                if f"step.{name}" in tensors:
+                    optimizer.state[p] = {"step": tensors[f"step.{name}"].to(p.device)}
+                    optimizer.state[p] |= {key: cut_as(p, tensors[f"{key}.{name}"]) for key in ("exp_avg", "exp_avg_sq")}
     try:
         plan.resume(model, manifest["proof"])
     except FreezeError as error:
@@ -796,7 +878,8 @@ def load_checkpoint(args, run: dict, model, plan, optimizer) -> dict:
     for i, line in enumerate(lines, 1):
         if type(line.get("step")) is not int or not {"train_loss", "val_loss"} <= line.keys():
             raise ValueError(f"{metrics}, line {i}: no step, train_loss and val_loss; repair or remove the line")
-    write_records(metrics, [line for line in lines if line["step"] <= state["step"]])
+    if machine.rank == 0:
+        write_records(metrics, [line for line in lines if line["step"] <= state["step"]])
     say(f"resume   from {folder}")
     return state
 
@@ -811,11 +894,11 @@ def naming(path: Path):
         raise
 
 
-def hold(out: Path, rank: int):
+def hold(out: Path):
     """Make the run folder, and lock it until this process ends; OSError if that fails, or another run holds it."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if rank == 0 and fcntl:
+        if fcntl:
             lock = open(out / ".lock", "w")
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return lock
@@ -906,10 +989,12 @@ def gradients(model, batch, n, args, machine, prefix: Prefix | None = None) -> f
     n; returns that loss. Every process takes its share of the batch, in micro-batches of --batch-size.
     """
     mine, loss = batch[machine.rank::machine.world], 0.0
-    for i in range(0, len(mine), args.batch_size):
-        part, _ = loss_sum(model, mine[i:i + args.batch_size], args.loss_on, machine, prefix)
-        (part / n).backward()
-        loss += float(part.detach()) / n
+    for i in range(0, math.ceil(len(batch) / machine.world), args.batch_size):  # each process as often
+        part = mine[i:i + args.batch_size]
+        total, _ = loss_sum(model, part or batch[:1], args.loss_on, machine, prefix)
+        total = total / n if part else 0 * total
+        total.backward()
+        loss += float(total.detach())
     sum_gradients(model.parameters())
     return total_over_processes([loss], machine.device)[0]
 
@@ -1113,7 +1198,8 @@ def announce(args, machine, model, plan, data) -> None:
     mixed = any(map(is_adapter, plan.eligible)) and adapter_lr(args, plan) != args.lr
     rates = f"lr {args.lr:g}" + (f", adapters {adapter_lr(args, plan):g}" if mixed else "")
     say(f"train    {args.epochs} epochs in batches of {args.batch_size}"
-        + (f" x {args.grad_accum}" if args.grad_accum > 1 else "") + f", {rates}, loss on {args.loss_on}")
+        + (f" x {args.grad_accum}" if args.grad_accum > 1 else "") + (f" x {machine.world} processes" if machine.world > 1 else "")
+        + f", {rates}, loss on {args.loss_on}")
     if data.prefix:
         size = sum(len(e.ids) - 1 for e in data.train + data.val) * config.n_embd * 4
         say(f"prefix   {data.prefix.layer} frozen blocks are run once for each record; what they give, {size / 2**30:.2f} GiB at most, is kept"
@@ -1169,7 +1255,7 @@ def prove(model, plan, optimizer, state) -> None:
         refuse_lost_updates(model, optimizer)
         raise
     for name, p in model.named_parameters():
-        if not torch.isfinite(p).all():
+        if not torch.isfinite(whole(p)).all():
             raise ArithmeticError(f"{name} holds NaN or inf after step {state['step']}, nothing is saved: lower --lr or --weight-decay")
 
 
@@ -1179,11 +1265,12 @@ def refuse_lost_updates(model, optimizer) -> None:
     names = {p: name for name, p in model.named_parameters()}
     for group in optimizer.param_groups:
         for p in group["params"]:
-            update, moments = torch.ones_like(p), optimizer.state.get(p)
+            value, moments = whole(p.detach()), {key: whole(moment) for key, moment in optimizer.state.get(p, {}).items()}
+            update = torch.ones_like(value)
             if moments:
                 first, second = (1 - beta ** float(moments["step"]) for beta in group["betas"])
                 update = moments["exp_avg"] / first / ((moments["exp_avg_sq"] / second).sqrt() + group["eps"])
-            if update.any() and bool((p + group["peak"] / 4 * update == p).all()):
+            if update.any() and bool((value + group["peak"] / 4 * update == value).all()):
                 raise ArithmeticError(f"{names[p]} did not change: at a rate of {group['peak']:g} its updates vanish beside its values, "
                                       "nothing is saved: raise --lr (or --lr-decay, --loraplus-ratio, --clip)")
 
@@ -1204,16 +1291,18 @@ def describe(args, plan, data, figures) -> dict:
 def run(args) -> int:
     """Load, freeze, prove, train, prove again, save, answer; returns the exit code."""
     started = time.perf_counter()
-    folder, adapter = locate(args.model)
+    machine = join_processes(args)
+    if machine.rank > 0:
+        sys.stdout = open(os.devnull, "w")
+    folder, adapter = in_turn(lambda: locate(args.model))
     choose_out(args, adapter)
     if args.resume and (args.out / "run.json").exists():
         shutil.rmtree(args.out / "checkpoints", ignore_errors=True)  # it may have been killed before it did that itself
+        leave_processes()
         answered = read_json(args.out / "run.json").get("train", {}).get("exact_match") is not None
         say(f"{args.out}: the run is complete, " + ("nothing is left to do" if answered else "but for its answers: evaluate.py gives them"))
         return 0
-    machine = join_processes(choose_device(args.device), args.dtype)
-    if machine.rank > 0:
-        sys.stdout = open(os.devnull, "w")
+    in_turn(lambda: data_file(args.data))
     model, tokenizer = load_model(args, folder, adapter)
     model.to(machine.device)
     choose_sizes(args, model)
@@ -1225,7 +1314,7 @@ def run(args) -> int:
     data.prefix = prepare_prefix(args, model, plan, data, machine)
 
     wait_for_all()  # every process has seen that --out is free, or resumable
-    lock = hold(args.out, machine.rank)
+    lock = hold(args.out) if machine.rank == 0 else None
     if machine.rank == 0:
         check_out(args.out, args.overwrite, args.resume)  # again: another run may have come and gone meanwhile
     if machine.rank == 0 and not args.resume:
@@ -1233,15 +1322,18 @@ def run(args) -> int:
     announce(args, machine, model, plan, data)
     limit = min(model.config.block_size, 2 * max(len(e.ids) - e.n_prompt for e in data.train))
     asked = [] if args.no_responses or machine.rank > 0 else data.test
+    unshard(model)
     before = answer(model, tokenizer, asked[:3], args.template, limit)
+    reshard(model)
     identity = fingerprint(args, model, data)
     state = {"step": 0, "taken": 0, "skipped in a row": 0, "tokens": 0, "seconds": 0.0, "rate": 0.0, "recent": []}
     if args.resume:
-        state = load_checkpoint(args, identity, model, plan, optimizer)
+        state = load_checkpoint(args, machine, identity, model, plan, optimizer)
 
     def save_state():
+        tensors = trained_tensors(model, plan, optimizer, machine)
         if machine.rank == 0:
-            save_checkpoint(args.out, state, identity, model, plan, optimizer, args.keep)
+            save_checkpoint(args.out, state, identity, tensors, plan, args.keep)
         wait_for_all()
 
     with Signals() as signals:
@@ -1254,10 +1346,12 @@ def run(args) -> int:
                                   "lower --batch-size (and raise --grad-accum to keep the steps as they are) or --max-length, or take --recompute") from None
             raise
         if "stopped" in figures:
+            leave_processes()
             say(f"\nstopped after step {state['step']}; the same command with --resume goes on from there")
             return 128 + figures["stopped"]
         prove(model, plan, optimizer, state)
-        wait_for_all()  # every process has proved its own copy
+        unshard(model)
+        leave_processes()  # each has proved its own copy; from here on the first one is alone
         if machine.rank > 0:
             return 0
         figures |= {"peak_memory_bytes": peak_memory(machine.device), "exact_match": None, "max_new_tokens": limit}
@@ -1286,6 +1380,24 @@ def run(args) -> int:
     return 0
 
 
+def complain(message: str, wait: bool = False) -> None:
+    """
+    One line on stderr. What ends one process mostly ends all: on each machine the first of them speaks at once, the others
+    (those that `wait`) only if torchrun, which ends them all, has not done so after some seconds.
+    """
+    if wait or int(os.environ.get("LOCAL_RANK", 0)) > 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        time.sleep(5)
+    place = f"process {os.environ['RANK']}: " if int(os.environ.get("RANK", 0)) > 0 else ""
+    print(f"error: {place}{message}", file=sys.stderr)
+
+
+def lost_another(error: Exception) -> bool:
+    """Whether the connection to another process broke, as it does when that one ends."""
+    return dist.is_initialized() and isinstance(error, RuntimeError) and re.search(
+        "Connection (closed|reset|refused)|Broken pipe|ncclRemoteError|Socket closed", str(error), re.IGNORECASE) is not None
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an allocation failed. On the CPU torch has no class for that, only these messages."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
@@ -1299,15 +1411,18 @@ def main(argv=None) -> int:
     try:
         return run(args)
     except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
+        complain("interrupted")
         return 130
     except (ValueError, OSError, ArithmeticError, MemoryError, RuntimeError) as error:
+        if lost_another(error):
+            complain("another process has ended", wait=True)
+            return 1
         if not isinstance(error, (ValueError, OSError, ArithmeticError, FreezeError)) and not is_out_of_memory(error):
             raise
         kind = "freeze proof broken: " if isinstance(error, FreezeError) else "out of memory: " if is_out_of_memory(error) else ""
         if kind == "out of memory: " and "--batch-size" not in str(error):  # not in training, then
             kind += f"--model {args.model} is too large for this machine. "
-        print(f"error: {kind}{excerpt(str(error), 10_000)}", file=sys.stderr)
+        complain(kind + excerpt(str(error), 10_000))
         return 2 if isinstance(error, UsageError) else 1
 
 

@@ -338,9 +338,14 @@ def hybrid(model: nn.Module, share: str, batches) -> set[str]:
 # ----------------------------------------------------------------------------------------- the proof
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor; of one that is sharded over processes (a DTensor) all parts together, on the CPU. These must all ask."""
+    return tensor.full_tensor().cpu() if hasattr(tensor, "full_tensor") else tensor
+
+
 def digest(tensor: Tensor) -> str:
     """sha256 of dtype, shape and bytes: equal for bit-identical tensors alone (NaN and -0.0 too)."""
-    tensor = tensor.detach().cpu().contiguous()
+    tensor = whole(tensor.detach()).cpu().contiguous()
     sha = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
     if size := tensor.numel() * tensor.element_size():
         sha.update((ctypes.c_char * size).from_address(tensor.data_ptr()))  # any dtype, no copy
@@ -349,6 +354,8 @@ def digest(tensor: Tensor) -> str:
 
 def digests(named: dict[str, Tensor]) -> dict[str, str]:
     """The digest of each tensor; in two threads, for hashlib lets go of the interpreter meanwhile."""
+    if any(hasattr(tensor, "full_tensor") for tensor in named.values()):  # the same order in all processes
+        return {name: digest(tensor) for name, tensor in named.items()}
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(named, pool.map(digest, named.values())))
 
@@ -379,7 +386,7 @@ class Plan:
     def __init__(self, model: nn.Module, policy: str, terms: list[tuple[bool, str, set[str]]], seed: int, scores: dict):
         start = time.perf_counter()
         self.policy, self.scores, self.checks = policy, scores, Counter()
-        self.named = dict(model.named_parameters())
+        self._hold(model)
         self.eligible = sorted(combine(terms))
         dynamic = [term for _, term, _ in terms if term.startswith(DYNAMIC)]
         self._schedule = (terms, len(by_block(self.named)), seed) if dynamic else None
@@ -387,15 +394,19 @@ class Plan:
         resolved = [(name, list(p.shape), name in self.eligible) for name, p in sorted(self.named.items())]
         resolved += [(*dynamic, seed)] if dynamic else []
         self.fingerprint = hashlib.sha256(json.dumps(resolved).encode()).hexdigest()
-        # Each name, a tied tensor's second one too, with the object and the address it stands for.
-        self._objects = {n: (p, p.data_ptr()) for n, p in model.named_parameters(remove_duplicate=False)}
-        self._shared = shared_memory(model)
         self._digests = digests(self.named)
         self._buffers = digests(dict(model.named_buffers()))
         self._step, self._since = 0, {}  # steps done; those done when a parameter was last unfrozen
         self._idle = set()  # trained for a while, frozen again, and not changed in between
         self._alive = set()  # trainables whose gradient was seen to be non-zero
         self.seconds = time.perf_counter() - start
+
+    def rebind(self, model: nn.Module) -> None:
+        """Go on with the tensors that fully_shard has put in the place of the model's: they must hold the same values."""
+        with self._passing("rebind"):
+            self._hold(model)
+            now = digests(self.named)
+            refuse((n for n in now.keys() | self._digests if now.get(n) != self._digests.get(n)), "changed by sharding")
 
     def parameters(self) -> list[nn.Parameter]:
         """Exactly what the optimizer should be given, in the model's order."""
@@ -480,7 +491,7 @@ class Plan:
             grads = {n: self.named[n].grad for n in self.trainable if self.named[n].numel()}
             refuse((n for n in grads if grads[n] is None), "should train, but has no gradient")
             # The largest magnitude can neither overflow nor underflow, and NaN stays NaN in it.
-            largest = [torch.linalg.vector_norm(g, torch.inf).float() for g in grads.values()]
+            largest = [torch.linalg.vector_norm(whole(g), torch.inf).float() for g in grads.values()]
             largest = dict(zip(grads, torch.stack(largest).tolist()))
             refuse((n for n in grads if not largest[n] < torch.inf), "the gradient is not finite")
             self._alive |= {n for n in grads if largest[n] > 0}
@@ -537,6 +548,12 @@ class Plan:
             fate = "train" if set(group) & set(self.trainable) else "are frozen"
             lines.append(f"{' and '.join(group)} share their memory: they {fate} together")
         return "\n".join(lines)
+
+    def _hold(self, model: nn.Module) -> None:
+        """Note each name, a tied tensor's second one too, with the object and the address it stands for."""
+        self.named = dict(model.named_parameters())
+        self._objects = {n: (p, p.data_ptr()) for n, p in model.named_parameters(remove_duplicate=False)}
+        self._shared = shared_memory(model)
 
     def _switch(self, trainable: set[str]) -> None:
         """Let exactly these train; gradients are cleared, for no optimizer skips a gradient of zeros."""

@@ -506,7 +506,7 @@ def test_resuming_a_finished_run_says_so_and_exits_0(world, tmp_path, capsys):
 
 def test_two_runs_cannot_share_a_folder(world, tmp_path, capsys):
     (tmp_path / "r").mkdir()
-    lock = finetune.hold(tmp_path / "r", 0)
+    lock = finetune.hold(tmp_path / "r")
     (tmp_path / "r" / "metrics.jsonl").touch()
     assert run(world, tmp_path / "r", "--overwrite", "--no-responses") == 1
     assert "another run is writing there" in capsys.readouterr().err

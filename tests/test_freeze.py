@@ -816,6 +816,11 @@ def a_resume_that_does_not_freeze(run):
     run.model.wpe.weight.requires_grad_(True)
 
 
+@violation("rebind", "changed by sharding: h.0.ln_1.bias")
+def values_that_changed_while_they_were_sharded(run):
+    run.model.h[0].ln_1.bias = nn.Parameter(run.model.h[0].ln_1.bias.detach() + 1e-6)
+
+
 def caught(name):
     """What the check said to a planted violation: "" if it did not notice it."""
     check, _, arguments, deed = VIOLATIONS[name]
