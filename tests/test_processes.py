@@ -9,13 +9,14 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 
 import finetune
-from test_finetune import ROOT, losses, metrics, run, weights, world  # noqa: F401
+from data import encode_examples, load_examples, load_tokenizer
+from gpt import GPT
+from test_finetune import ROOT, losses, metrics, run, world  # noqa: F401
 
 DRIVER = """
 import json, os, signal, sys, time
@@ -177,6 +178,14 @@ def test_two_processes_train_what_one_trains_with_the_same_global_batches(runs, 
                 torch.testing.assert_close(others[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
 
 
+def test_a_process_without_a_validation_batch_counts_none_twice(world):
+    model, tokenizer = GPT.from_pretrained(world / "model"), load_tokenizer(world / "model")
+    encoded = sorted(encode_examples(load_examples(world / "records.json")[:5], tokenizer)[0], key=lambda e: len(e.ids))
+    part = lambda examples, **process: finetune.mean_loss(model, examples, 2, "response", finetune.Machine(torch.device("cpu"), **process))
+    assert part(encoded, rank=1, world=2) == part(encoded[2:4])  # of three batches the second
+    assert part(encoded, rank=0, world=2) == pytest.approx(part(encoded[:2] + encoded[4:]), rel=1e-6)
+
+
 def test_a_signal_to_one_process_stops_all_after_the_same_step_and_they_resume_bit_for_bit(runs):
     assert codes(runs, "stopped") == [128 + signal.SIGTERM] * 2 and codes(runs, "resumed") == [0, 0] == codes(runs, "whole"), errors(runs, "resumed")
     assert "stopped after step 2" in (runs / "stopped.out0").read_text()
@@ -233,3 +242,13 @@ def test_each_process_takes_its_own_device(monkeypatch):
     assert [str(finetune.choose_device(name)) for name in ("auto", "cuda:1", "mps")] == ["cuda:0", "cuda:1", "mps"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert [str(finetune.choose_device("auto", n)) for n in (1, 2)] == ["mps", "cpu"]
+
+
+def test_bf16_is_the_default_on_a_gpu_that_has_it_and_not_where_it_is_emulated(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: None)
+    for in_hardware, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or in_hardware)
+        assert finetune.join_processes(finetune.parse_args([])).dtype == dtype
+        assert finetune.join_processes(finetune.parse_args(["--dtype", "bf16"])).dtype == torch.bfloat16
+    assert finetune.join_processes(finetune.parse_args(["--device", "cpu"])).dtype == torch.float32
