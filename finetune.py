@@ -652,13 +652,14 @@ def loss_sum(model, batch, loss_on, machine, prefix: Prefix | None = None):
     with torch.autocast(device.type, machine.dtype, enabled=machine.dtype != torch.float32):
         hidden = model.features(inputs.to(device), wanted=wanted.to(device), **known)  # (N, C)
         targets, weights = targets.flatten()[wanted].to(device), weights[wanted].to(device)
-        losses = lambda h, t: F.cross_entropy(model.lm_head(h).float(), t, reduction="none")
+        token_losses = lambda h, t: F.cross_entropy(model.lm_head(h).float(), t, reduction="none")
         if len(wanted) <= HEAD_ROWS:
-            total = losses(hidden, targets) @ weights
+            losses = [token_losses(hidden, targets)]
         else:  # logits of a part at a time, computed again in the backward pass: all at once would fill the memory
-            parts = zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS), weights.split(HEAD_ROWS))
-            total = sum(checkpoint(losses, h, t, use_reentrant=False) @ w for h, t, w in parts)
-    return total, n
+            parts = zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS))
+            losses = [checkpoint(token_losses, h, t, use_reentrant=False) for h, t in parts]
+    # Out here, or autocast would round this product, and with it the whole gradient, to bf16.
+    return sum(loss @ w for loss, w in zip(losses, weights.split(HEAD_ROWS))), n
 
 
 def mean_loss(model, encoded, batch_size, loss_on, machine, limit=None, prefix: Prefix | None = None) -> float | None:

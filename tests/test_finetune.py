@@ -107,6 +107,16 @@ def test_accumulated_micro_batches_take_the_step_of_the_undivided_batch(world, t
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 
+@pytest.mark.parametrize("rows", [4, 10_000])
+def test_under_bf16_the_losses_of_tokens_are_summed_in_fp32(world, monkeypatch, rows):
+    monkeypatch.setattr(finetune, "HEAD_ROWS", rows)
+    encoded, model = encoded_world(world), GPT.from_pretrained(world / "model")
+    total, n = finetune.loss_sum(model, encoded, 0.3, finetune.Machine(torch.device("cpu"), torch.bfloat16))
+    assert total.dtype == torch.float32
+    parts = [finetune.loss_sum(model, [e], 0.3, finetune.Machine(torch.device("cpu"), torch.bfloat16)) for e in encoded]
+    assert total.item() == pytest.approx(sum(loss.item() for loss, _ in parts), rel=1e-4)
+
+
 def encoded_world(world):
     tokenizer = load_tokenizer(world / "model")
     return encode_examples(load_examples(world / "records.json"), tokenizer)[0]
