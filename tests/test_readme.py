@@ -28,7 +28,7 @@ SCRIPTS = {"data.py": data.main, "evaluate.py": evaluate.main, "finetune.py": fi
 
 def commands() -> list[tuple[str, str]]:
     """(command, its comment) of every line in README's code blocks that starts a program."""
-    lines = [line.removeprefix("$ ") for block in re.findall(r"^```\w*\n(.*?)^```", README, re.M | re.S) for line in block.splitlines()]
+    lines = [line.removeprefix("$ ") for block in re.findall(r"^```\w*\n(.*?)^```", README.replace("\\\n", ""), re.M | re.S) for line in block.splitlines()]
     parts = [re.split(r"\s+# ", line, maxsplit=1) for line in lines if re.match(r"([A-Z_]+=\S+ )*(python|torchrun|uv|pip) ", line)]
     return [(command, comment[0] if comment else "") for command, *comment in parts]
 
