@@ -786,6 +786,13 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def sync_all(out: Path) -> None:
+    """The same for all that a finished run has written."""
+    for path in [*out.glob("model/*"), *out.glob("adapter/*"), *out.glob("*"), out]:
+        if path.is_file() or path.is_dir():
+            sync(path)
+
+
 def manifest_sha256(manifest: dict) -> str:
     """Hash of what a manifest says beside it."""
     return hashlib.sha256(json.dumps({k: v for k, v in manifest.items() if k != "sha256"}, sort_keys=True).encode()).hexdigest()
@@ -1188,6 +1195,18 @@ def lengthen(args, model, tokenizer, data) -> list[dict]:
     return [long if entropy > threshold else short for short, long, entropy in zip(data.test, data.long_test, unsure(data.test))]
 
 
+def answer_test(args, model, tokenizer, data, before, limit) -> dict:
+    """Answer the test records into responses.jsonl, show some beside what was answered `before`; run.json's figures of it."""
+    asked = lengthen(args, model, tokenizer, data) if args.instruction == "adaptive" else data.test
+    with naming(args.out / "responses.jsonl") as path:
+        responses = answer(model, tokenizer, asked, args.template, limit, path)
+    for old, new in zip(before, responses):
+        say(f"\nprompt   {excerpt(old['instruction'] + ' ' + old['input'])}\nbefore   {excerpt(old['model_response'])}"
+            f"\nafter    {excerpt(new['model_response'])}")
+    return {"prompt_tokens": mean([len(p) for p in encode_prompts(tokenizer, asked, args.template)]),
+            "exact_match": mean([r["ended"] and exact_match(r["model_response"], r["output"]) for r in responses])}
+
+
 def announce(args, machine, model, plan, data) -> None:
     """What is about to happen, in a few lines."""
     config = model.config
@@ -1298,11 +1317,7 @@ def run(args) -> int:
     folder, adapter = in_turn(lambda: locate(args.model))
     choose_out(args, adapter)
     if args.resume and (args.out / "run.json").exists():
-        shutil.rmtree(args.out / "checkpoints", ignore_errors=True)  # it may have been killed before it did that itself
-        leave_processes()
-        answered = read_json(args.out / "run.json").get("train", {}).get("exact_match") is not None
-        say(f"{args.out}: the run is complete, " + ("nothing is left to do" if answered else "but for its answers: evaluate.py gives them"))
-        return 0
+        return already_complete(args.out)
     in_turn(lambda: data_file(args.data))
     model, tokenizer = load_model(args, folder, adapter)
     model.to(machine.device)
@@ -1315,7 +1330,7 @@ def run(args) -> int:
     data.prefix = prepare_prefix(args, model, plan, data, machine)
 
     wait_for_all()  # every process has seen that --out is free, or resumable
-    lock = hold(args.out) if machine.rank == 0 else None
+    lock = hold(args.out) if machine.rank == 0 else None  # until this function returns
     if machine.rank == 0:
         check_out(args.out, args.overwrite, args.resume)  # again: another run may have come and gone meanwhile
     if machine.rank == 0 and not args.resume:
@@ -1338,14 +1353,8 @@ def run(args) -> int:
         wait_for_all()
 
     with Signals() as signals:
-        try:
+        with saying_what_does_not_fit(args, data, machine):
             figures = train(args, machine, model, plan, optimizer, data, state, signals, save_state)
-        except (MemoryError, RuntimeError) as error:
-            if is_out_of_memory(error):
-                longest = max(len(e.ids) for e in data.train + data.val)
-                raise MemoryError(f"--batch-size {args.batch_size} with examples of up to {longest} tokens does not fit on {machine.device}: "
-                                  "lower --batch-size (and raise --grad-accum to keep the steps as they are) or --max-length, or take --recompute") from None
-            raise
         if "stopped" in figures:
             leave_processes()
             say(f"\nstopped after step {state['step']}; the same command with --resume goes on from there")
@@ -1359,26 +1368,38 @@ def run(args) -> int:
         with naming(args.out / "model"):
             save(args, folder, model, tokenizer, plan)
         write_json(args.out / "run.json", describe(args, plan, data, figures))
-        for path in [path for name in ("model", "adapter") for path in args.out.glob(f"{name}/*")] + [*args.out.glob("*"), args.out]:
-            if path.is_file() or path.is_dir():
-                sync(path)
+        sync_all(args.out)
     shutil.rmtree(args.out / "checkpoints", ignore_errors=True)  # the run is complete, answered or not
     if asked and signals.noted:
         say(f"\nstopped before the test prompts were answered; the run is complete, and evaluate.py {args.out} answers them")
         return 128 + signals.noted
     if asked:
-        if args.instruction == "adaptive":
-            asked = lengthen(args, model, tokenizer, data)
-        figures["prompt_tokens"] = mean([len(p) for p in encode_prompts(tokenizer, asked, args.template)])
-        with naming(args.out / "responses.jsonl") as path:
-            responses = answer(model, tokenizer, asked, args.template, limit, path)
-        figures["exact_match"] = mean([r["ended"] and exact_match(r["model_response"], r["output"]) for r in responses])
+        figures |= answer_test(args, model, tokenizer, data, before, limit)
         write_json(args.out / "run.json", describe(args, plan, data, figures))
-        for old, new in zip(before, responses):
-            say(f"\nprompt   {excerpt(old['instruction'] + ' ' + old['input'])}\nbefore   {excerpt(old['model_response'])}"
-                f"\nafter    {excerpt(new['model_response'])}")
     conclude(args, plan, figures, len(data.test), time.perf_counter() - started)
     return 0
+
+
+def already_complete(out: Path) -> int:
+    """--resume on a finished run."""
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)  # it may have been killed before it did that itself
+    leave_processes()
+    answered = read_json(out / "run.json").get("train", {}).get("exact_match") is not None
+    say(f"{out}: the run is complete, " + ("nothing is left to do" if answered else "but for its answers: evaluate.py gives them"))
+    return 0
+
+
+@contextmanager
+def saying_what_does_not_fit(args, data, machine):
+    """Turn a failed allocation into a MemoryError that names the flags to lower."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        longest = max(len(e.ids) for e in data.train + data.val)
+        raise MemoryError(f"--batch-size {args.batch_size} with examples of up to {longest} tokens does not fit on {machine.device}: "
+                          "lower --batch-size (and raise --grad-accum to keep the steps as they are) or --max-length, or take --recompute") from None
 
 
 def complain(message: str, wait: bool = False) -> None:
