@@ -62,6 +62,7 @@ TABLES = {
         "all": "--trainable all", "last 2": "--trainable last:2", "first 2": "--trainable first:2", "random 2": "--trainable random:2",
         "2 of largest relative gradient norm": "--trainable rgn:2", "2 of most signal in their spectrum": "--trainable spectrum:2",
         "2 drawn anew every 10 steps (LISA), and embeddings, norms": "--trainable lisa:2@10,embeddings,norms",
+        **{f"blocks {i} and {j}": f"--trainable blocks:{i},{j}" for i, j in ((0, 2), (0, 3), (1, 2), (1, 3))},
         **{f"block {i} alone": f"--trainable blocks:{i}" for i in range(4)},
         "all, 4 passes over a quarter of the records": "--trainable all --max-examples {quarter} --epochs 4",
         "the same, unfreezing one block more each pass": "--trainable gradual:1 --max-examples {quarter} --epochs 4",
