@@ -631,6 +631,9 @@ def parse_args(argv=None):
     add("--max-length", type=int, help="cut examples after so many ids; None does not cut")
     add("--loss-on", default="response", help="response, all, or the weight of prompt tokens")
     args = parser.parse_args(argv)
+    for flag in ("data", "model"):  # from a shell variable that was never set; a path would take it for the working directory
+        if not getattr(args, flag):
+            parser.error(f"--{flag}: must not be empty")
     if args.max_length is not None and args.max_length < 2:
         parser.error(f"--max-length {args.max_length}: at least 2 is needed")
     try:
@@ -643,7 +646,10 @@ def parse_args(argv=None):
 def describe(args):
     """Print what `python data.py` shows."""
     examples, tokenizer = load_examples(args.data), load_tokenizer(args.model)
-    encoded, report = encode_examples(examples, tokenizer, args.template, args.max_length)
+    try:
+        encoded, report = encode_examples(examples, tokenizer, args.template, args.max_length)
+    except ValueError as error:
+        raise ValueError(f"{args.data}: {error}; raise --max-length") from None
     print(f"{len(examples)} records, {len(encoded)} used; template {args.template}")
     for what in ("truncated", "dropped", "special_text"):
         first = f" (first: record {report[what][0] + 1})" if report[what] else ""

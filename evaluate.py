@@ -589,11 +589,13 @@ def post_json(url: str, body: dict, key: str | None = None, *, timeout: float = 
 class Judge:
     """settings: all that a score depends on besides the texts. score(question, reference, answer) returns
     {"score", "reply"}; verdict(question, reference, a, b) returns (verdict, reply). Both raise JudgeError.
+    patience: so many failures in a row and no more is asked (a server may be down).
     """
 
     settings: dict
     score: Callable
     verdict: Callable
+    patience: float = 5
 
 
 def reply_text(reply: dict, ollama: bool) -> tuple[str, bool]:
@@ -679,7 +681,7 @@ def local_judge(spec: str, model, tokenizer) -> Judge:
         a, b = probabilities(fill(LOCAL_PAIR_PROMPT, *texts), "AB")
         return "A" if a > b else "B" if b > a else "C", None
 
-    return Judge({"judge": spec, "prompt": digest(LOCAL_SCORE_PROMPT, LOCAL_PAIR_PROMPT)}, score, verdict)
+    return Judge({"judge": spec, "prompt": digest(LOCAL_SCORE_PROMPT, LOCAL_PAIR_PROMPT)}, score, verdict, math.inf)
 
 
 def compare_answers(judge: Judge, question: str, reference: str, first: str, second: str) -> dict:
@@ -694,7 +696,7 @@ def compare_answers(judge: Judge, question: str, reference: str, first: str, sec
 
 
 def judge_all(path: str | Path, settings: dict, items: list[tuple], ask: Callable, progress: Callable | None = None,
-              patience: int = 5) -> list[dict]:
+              patience: float = 5) -> list[dict]:
     """Ask a judge about every item, (id, *texts), and return the records in the items' order.
 
     Each record goes to the file at once, so that a killed run resumes: what was asked before is not asked again,
@@ -1217,6 +1219,8 @@ def measure_forgetting(base: str, model, tokenizer, file: Path, device: str) -> 
     """NLL of a plain text under the model minus that under its base, nats per token."""
     try:
         ids = tokenizer.encode_ordinary(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file}: no such text; --text takes a plain text file") from None
     except UnicodeDecodeError:
         raise ValueError(f"{file} is not a text in UTF-8") from None
     try:
@@ -1282,7 +1286,8 @@ def judge_run(run: Run, judge: Judge) -> None:
     """Have every answer judged, then the canaries."""
     slug, answers = judge_slug(judge.settings["judge"]), [(r["id"], *texts_of(r)) for r in run.responses]
     for kind, items in ("judge", answers), ("canaries", canary_items(run.responses)):
-        judge_all(run.folder / f"{kind}-{slug}.jsonl", judge.settings, items, judge.score, progress(f"{kind} {run.folder}"))
+        judge_all(run.folder / f"{kind}-{slug}.jsonl", judge.settings, items, judge.score, progress(f"{kind} {run.folder}"),
+                  judge.patience)
 
 
 def judge_pairs(first: Run, second: Run, judge: Judge) -> dict:
@@ -1294,7 +1299,7 @@ def judge_pairs(first: Run, second: Run, judge: Judge) -> dict:
     slug = f"{judge_slug(judge.settings['judge'])}-{digest(str(first.folder.resolve()))[:6]}"
     records = judge_all(second.folder / f"pairwise-{slug}.jsonl", judge.settings,
                         [(a["id"], *texts_of(a), b["model_response"]) for a, b in pairs],
-                        lambda *texts: compare_answers(judge, *texts), progress(f"pairwise {second.folder}"))
+                        lambda *texts: compare_answers(judge, *texts), progress(f"pairwise {second.folder}"), judge.patience)
     return pairwise_report(records, [n_words(b["model_response"]) - n_words(a["model_response"]) for a, b in pairs])
 
 

@@ -629,7 +629,10 @@ def parse_args(argv=None):
                         "(default: all; lora with --lora-r)")
     parser.add_argument("--lora-r", type=int, help="rank of adapters to add first")
     parser.add_argument("--untie-head", action="store_true", help="give the head its own copy of the embedding")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not args.model:  # from a shell variable that was never set; a path would take it for the working directory
+        parser.error("--model: must not be empty")
+    return args
 
 
 def main(argv=None) -> int:

@@ -519,6 +519,8 @@ def test_a_wrong_judge_or_text_is_one_line_and_no_key_is_printed_or_stored(world
     (lora.main, ["combine", "--adapter", "x", "--out", "fresh"], 2, "FOLDER=WEIGHT"), (lora.main, ["merge", "--base", "x", "--adapter", "x", "--out", "/"], 1, "--out /"),
     (data.main, ["--data", "nowhere"], 1, "nowhere"), (data.main, ["--model", "nowhere"], 1, "nowhere"), (data.main, ["--max-length", 1], 2, "--max-length 1"),
     (data.main, ["--loss-on", "nan"], 2, "--loss-on"), (data.main, ["--template", "llama"], 2, "llama"), (data.main, ["--max-length", "x"], 2, "--max-length"),
+    (data.main, ["--data", ""], 2, "--data: must not be empty"), (data.main, ["--model", ""], 2, "--model: must not be empty"),
+    (data.main, ["--max-length", 2], 1, "error: tiny: none of"), (freeze.main, ["--model", ""], 2, "--model: must not be empty"),
 ], ids=lambda value: getattr(value, "__module__", str(value)[:40]))
 def test_the_small_scripts_end_in_one_line_too(tmp_path, capsys, monkeypatch, main, more, code, message):
     monkeypatch.chdir(tmp_path)

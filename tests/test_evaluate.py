@@ -939,6 +939,17 @@ def test_a_prompt_too_long_for_the_local_judge_is_an_unscored_record(tmp_path):
     assert got[0]["score"] == pytest.approx(100) and got[1]["score"] is None and "takes 150" in got[1]["error"]
 
 
+def test_many_prompts_too_long_for_the_local_judge_do_not_end_the_judging(tmp_path):
+    judge = E.local_judge("model:x", Opinion({"9": 1.0}, block_size=150), Digits())
+    responses = [{"id": i, "instruction": "q" * 200, "input": "", "output": "r", "model_response": "a"} for i in range(7)]
+    runs = [E.Run(tmp_path / name, responses, {}, {}) for name in ("one", "two")]
+    for run in runs:
+        run.folder.mkdir()
+    E.judge_run(runs[0], judge)
+    assert [r["score"] for r in E.read_records(tmp_path / "one" / "judge-model-x.jsonl")] == [None] * 7
+    assert E.judge_pairs(*runs, judge) == {"n": 7, "n_judged": 0, "win_rate": None}
+
+
 # ---------------------------------------------------------------- a whole run folder
 
 
