@@ -1152,12 +1152,12 @@ def check_out(out: Path, overwrite: bool, resume: bool) -> None:
             raise FileExistsError(f"--out {out}: holds a run; --resume goes on with it, --overwrite replaces it")
 
 
-WRITTEN = ("run.json", "metrics.jsonl", "responses.jsonl", "scores.json", "loss.png", "compare.png",
-           "judge-*.jsonl", "canaries-*.jsonl", "pairwise-*.jsonl", "model", "adapter", "checkpoints")
+WRITTEN = ("run.json", "responses.jsonl", "scores.json", "loss.png", "compare.png",
+           "judge-*.jsonl", "canaries-*.jsonl", "pairwise-*.jsonl", "model", "adapter", "checkpoints", "metrics.jsonl")
 
 
 def clear_out(out: Path) -> None:
-    """Remove what an earlier run and its evaluation wrote; what others put there stays."""
+    """Remove what an earlier run and its evaluation wrote, the mark of a run last; what others put there stays."""
     for path in (path for name in WRITTEN for path in out.glob(name)):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 

@@ -713,3 +713,15 @@ def test_the_default_command_runs_from_the_embedded_model_to_its_answers(tmp_pat
     assert len((tmp_path / "runs" / "tiny-all" / "responses.jsonl").read_text().splitlines()) == 450
     out = capsys.readouterr().out
     assert out.startswith("model    tiny: 2,222,208 parameters") and "52 trainable ones have changed" in out
+
+
+def test_an_overwrite_that_was_interrupted_can_be_repeated(world, tmp_path, monkeypatch):
+    flags = ["--max-steps", 1, "--no-responses"]
+    assert run(world, tmp_path / "r", *flags) == 0
+    with monkeypatch.context() as patch:
+        def interrupt(*_):
+            raise KeyboardInterrupt
+        patch.setattr(finetune.shutil, "rmtree", interrupt)
+        assert run(world, tmp_path / "r", *flags, "--overwrite") == 130
+    assert (tmp_path / "r" / "model").exists() and not (tmp_path / "r" / "run.json").exists()
+    assert run(world, tmp_path / "r", *flags, "--overwrite") == 0
