@@ -109,10 +109,10 @@ def fetch(server, tmp_path, behave=None, body=BODY, sha256=None):
     return (folder / "file").read_bytes()
 
 
-def hub(handler, body, sha256=None, size=None, code=302):
+def hub(handler, body, sha256=None, size=None, code=302, cdn=None):
     """As the Hugging Face hub: its answer names size and sha256 and leads to a CDN whose ETag is another hash."""
-    handler.server.files["/cdn"] = body
-    handler.server.behave["/cdn"] = lambda cdn, body: cdn.partial(body, ETag='"' + "ab" * 32 + '"')
+    handler.server.files["/cdn"] = body  # before the answer: the next request may come at once
+    handler.server.behave["/cdn"] = cdn or (lambda h, body: h.partial(body, ETag='"' + "ab" * 32 + '"'))
     handler.answer(code, b"", Location="/cdn", X_Linked_Size=str(size or len(body)),
                    X_Linked_Etag=f'"{sha256 or hashlib.sha256(body).hexdigest()}"')
 
@@ -193,12 +193,9 @@ def test_the_hub_s_own_sha256_counts_and_not_the_etag_of_its_cdn(server, tmp_pat
 
 
 def test_a_resumed_file_is_held_to_the_hub_s_sha256(server, tmp_path):
-    def behave(handler, body):
-        hub(handler, body)
-        wrong = bytes(len(body))
-        server.behave["/cdn"] = lambda h, body: h.partial(wrong if h.headers.get("Range") else body, sent=200_000)
+    cdn = lambda h, body: h.partial(bytes(len(body)) if h.headers.get("Range") else body, sent=200_000)
     with pytest.raises(ValueError, match=f"expected {SHA256}"):
-        fetch(server, tmp_path, behave)
+        fetch(server, tmp_path, lambda h, body: hub(h, body, cdn=cdn))
 
 
 def test_a_sha256_that_is_given_is_held_to(server, tmp_path):
