@@ -23,12 +23,17 @@ FACTS = ["capital", "plural", "past_tense", "opposite", "category", "conversion"
          "comparison", "neighbor"]  # tasks whose answer is true whatever the input
 
 
-@pytest.fixture(scope="module")
-def make():
-    spec = importlib.util.spec_from_file_location("make", TINY / "make.py")
+def script(name):
+    """A script of tiny/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, TINY / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def make():
+    return script("make")
 
 
 @pytest.fixture(scope="module")
@@ -262,10 +267,7 @@ def test_pretraining_writes_a_folder_that_loads(make, tmp_path, monkeypatch, cap
 
 @pytest.fixture(scope="module")
 def experiments():
-    spec = importlib.util.spec_from_file_location("experiments", TINY / "experiments.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("experiments")
 
 
 @pytest.fixture(scope="module")
