@@ -38,7 +38,7 @@ import tempfile
 import threading
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -49,6 +49,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from data import (IGNORE_INDEX, INSTRUCTIONS, RESPONSES, TEMPLATES, batches, collate, data_file, encode_examples, format_prompt,
@@ -66,6 +67,7 @@ except ImportError:  # Windows: run folders are not locked there
     fcntl = None
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SHORT = 200  # tokens, up to which the CPU computes all scores of attention at once
 HEAD_ROWS = 1024  # positions whose logits exist at one time
 PREFIX_BYTES = 2**30  # of --cache-prefix that stay in memory
 CURRICULA = ("none", "length", "level", "ifd", "random")
@@ -252,12 +254,29 @@ def keep_memory() -> None:
     Let glibc keep what is freed. A step frees and takes again the same gigabytes, which the kernel would otherwise
     take back, clear and hand out page by page each time. Elsewhere (musl, macOS, Windows) nothing happens.
     """
+    # oneDNN keeps what it compiled for a shape, and memory to work in, for the last 1,024 shapes: all lengths of the data.
+    # Blocks that stay cut up what is freed around them, and the process grows. Those of one step are enough.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "24")
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "1")  # torch's own, on top
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return
-    mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its maximum: larger blocks still go back to the kernel
+    mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: larger blocks go back to the kernel
     mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def multiply_with_onednn() -> None:
+    """
+    Let oneDNN multiply fp32 matrices where the CPU has AVX-512; MKL, torch's choice, makes do with AVX2 on AMD's: half as
+    fast on Zen 5. torch hands them over only with leave to round the factors to bf16, which oneDNN takes on few CPUs (those
+    with AMX, or Arm's). There a product in which it would show says so, and all stays as it was.
+    """
+    matmul = torch.backends.mkldnn.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+    x = torch.full((256, 256), 1 + 2**-12)  # 1 in bf16
+    if not torch.allclose(x @ x / 256, x * x, rtol=1e-6, atol=0):
+        matmul.fp32_precision = before
 
 
 def choose_device(name: str, world: int = 1) -> torch.device:
@@ -441,8 +460,15 @@ def is_small(model) -> bool:
     return sum(p.numel() for n, p in model.named_parameters() if not is_adapter(n)) < 10_000_000
 
 
+def run_short_block(run_block, block, x, wanted) -> Tensor:
+    """A block on the CPU: flash attention's many small products cost more there than the scores of a short text, which it saves."""
+    short = x.shape[1] < SHORT
+    with sdpa_kernel(SDPBackend.MATH) if short else nullcontext():
+        return run_block(block, x, wanted)
+
+
 def choose_how_blocks_run(args, model, plan, machine) -> None:
-    """--compile and --recompute: the function that runs a block is replaced, modules and names stay as they are."""
+    """For --compile, --recompute and the CPU the function that runs a block is replaced; modules and names stay as they are."""
     if args.compile:
         try:  # something new each time, or what was compiled on an earlier day would be found
             factor = random.random()
@@ -452,6 +478,8 @@ def choose_how_blocks_run(args, model, plan, machine) -> None:
             raise UsageError(f"--compile: torch.compile does not work on this machine ({reason}); install a C++ compiler "
                              "(on a GPU triton too), or leave the flag out") from None
         model.run_block = torch.compile(model.run_block, dynamic=True)  # one function for all blocks and lengths
+    if machine.device.type == "cpu":
+        model.run_block = functools.partial(run_short_block, model.run_block)
     if args.recompute:
         if lowest_block(plan.eligible, model.config.n_layer) == model.config.n_layer:
             raise UsageError(f"--recompute: under --trainable {args.trainable} the backward pass enters no block; leave the flag out")
@@ -737,6 +765,9 @@ def prepare_plan(args, model, train_set):
     optimizer = build_optimizer(model, plan, args.lr, adapter_lr(args, plan), args.loraplus_ratio or 1.0,
                                 args.weight_decay, args.lr_decay)
     plan.check_optimizer(optimizer)
+    tied = model.lm_head.weight is model.wte.weight
+    # The head's gradient of a tied embedding has all rows. The lookup's is put into the few it has, in place of adding two of that size.
+    model.wte.sparse = tied and model.wte.weight.device.type == "cpu" and not args.fsdp
     if (least := min(group["peak"] for group in optimizer.param_groups)) < LEAST_RATE:
         raise UsageError(f"--lr {args.lr:g} with --lr-decay {args.lr_decay:g} and --loraplus-ratio {args.loraplus_ratio or 1:g} makes a "
                          f"learning rate of {least:g}, with which nothing moves: it must be at least {LEAST_RATE:g}")
@@ -1430,6 +1461,7 @@ def main(argv=None) -> int:
     """Run the command line; what the user gave wrong ends in one line on stderr."""
     args = parse_args(argv)
     keep_memory()
+    multiply_with_onednn()
     try:
         return run(args)
     except KeyboardInterrupt:

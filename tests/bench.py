@@ -237,8 +237,9 @@ def generation(folder, kind, device="cpu"):
         model = GPT2LMHeadModel.from_pretrained(folder).eval().to(device)
     else:
         model = GPT.from_pretrained(folder).eval().to(device)
-    if kind == "ours" and hasattr(finetune, "keep_memory"):
+    if kind == "ours":
         finetune.keep_memory()
+        finetune.multiply_with_onednn()
     test = split_examples(load_examples(SHARED / "instruction-data.json"))[2]
     prompts = sorted((e.ids[:e.n_prompt] for e in encode_examples(test, load_tokenizer(folder))[0]), key=lambda ids: -len(ids))
 

@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import json
+import os
 import platform
 
 import pytest
@@ -67,6 +68,64 @@ def test_without_glibc_memory_is_left_as_it_is(monkeypatch, error):
     monkeypatch.setattr(ctypes, "CDLL", refuse)
     finetune.keep_memory()
     assert asked == [None]  # the library of this process was asked for, and its absence is no error
+
+
+@pytest.mark.parametrize("preset", ["7", None])
+def test_onednn_keeps_few_shapes_unless_the_environment_says_otherwise(monkeypatch, preset):
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        monkeypatch.setenv(name, preset) if preset else monkeypatch.delenv(name, raising=False)
+    finetune.keep_memory()
+    kept = os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"], os.environ["LRU_CACHE_CAPACITY"]
+    assert kept == ((preset, preset) if preset else ("24", "1"))
+
+
+# ------------------------------------------------------------------------------ matrix products
+
+
+def test_products_that_onednn_may_do_are_those_of_float32():
+    finetune.multiply_with_onednn()
+    a, b = torch.randn(2, 300, 300, generator=torch.Generator().manual_seed(0))
+    exact = a.double() @ b.double()
+    assert ((a @ b - exact).abs().max() / exact.abs().max()).item() < 2e-6  # factors rounded to bf16: 3e-3
+
+
+@pytest.mark.parametrize("rounds", [False, True])
+def test_where_onednn_would_round_to_bf16_it_is_not_used(monkeypatch, rounds):
+    before, true = torch.backends.mkldnn.matmul.fp32_precision, torch.Tensor.__matmul__
+    if rounds:
+        monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: true(a.bfloat16().float(), b.bfloat16().float()))
+    finetune.multiply_with_onednn()
+    assert torch.backends.mkldnn.matmul.fp32_precision == (before if rounds else "bf16") and before != "bf16"
+
+
+@pytest.mark.parametrize("flags", [[], ["--recompute", "--grad-accum", 2], ["--lora-r", 2, "--trainable", "lora,embeddings"]])
+def test_what_is_always_on_gives_the_losses_of_the_plain_way(world, tmp_path, monkeypatch, flags):
+    """oneDNN, attention of short texts and the lookup's gradient, beside torch's defaults: 20 steps."""
+    flags = [*flags, "--max-steps", 20, "--epochs", 20, "--no-responses", "--eval-batches", 1]
+    shorts, true = [], finetune.sdpa_kernel
+    monkeypatch.setattr(finetune, "sdpa_kernel", lambda backend: (shorts.append(backend), true(backend))[1])
+    assert run(world, tmp_path / "fast", *flags) == 0
+    assert set(shorts) == {torch.nn.attention.SDPBackend.MATH}
+    torch.backends.mkldnn.matmul.fp32_precision = "ieee"
+    monkeypatch.setattr(finetune, "multiply_with_onednn", lambda: None)
+    monkeypatch.setattr(finetune, "SHORT", 0)
+    monkeypatch.setattr(torch.nn.Embedding, "sparse", property(lambda self: False, lambda self, value: None), raising=False)
+    shorts.clear()
+    assert run(world, tmp_path / "plain", *flags) == 0
+    assert not shorts
+    assert losses(tmp_path / "fast") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
+
+
+@pytest.mark.parametrize("untie", [[], ["--untie-head"]])
+def test_the_gradient_of_an_embedding_arrives_dense_and_only_a_tied_one_by_way_of_few_rows(world, tmp_path, monkeypatch, untie):
+    seen, true = [], finetune.gradients
+    def watched(model, *rest):
+        loss = true(model, *rest)
+        seen.append((model.wte.sparse, model.wte.weight.grad.is_sparse))
+        return loss
+    monkeypatch.setattr(finetune, "gradients", watched)
+    assert run(world, tmp_path / "r", *untie, "--max-steps", 2, "--no-responses") == 0
+    assert seen == [(not untie, False)] * 2
 
 
 # ------------------------------------------------------------------------------ how blocks run
