@@ -38,7 +38,7 @@ import tempfile
 import threading
 import time
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -49,7 +49,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from data import (IGNORE_INDEX, INSTRUCTIONS, RESPONSES, TEMPLATES, batches, collate, data_file, encode_examples, format_prompt,
@@ -67,7 +66,6 @@ except ImportError:  # Windows: run folders are not locked there
     fcntl = None
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-SHORT = 200  # tokens, up to which the CPU computes all scores of attention at once
 HEAD_ROWS = 1024  # positions whose logits exist at one time
 PREFIX_BYTES = 2**30  # of --cache-prefix that stay in memory
 CURRICULA = ("none", "length", "level", "ifd", "random")
@@ -460,15 +458,8 @@ def is_small(model) -> bool:
     return sum(p.numel() for n, p in model.named_parameters() if not is_adapter(n)) < 10_000_000
 
 
-def run_short_block(run_block, block, x, wanted) -> Tensor:
-    """A block on the CPU: flash attention's many small products cost more there than the scores of a short text, which it saves."""
-    short = x.shape[1] < SHORT
-    with sdpa_kernel(SDPBackend.MATH) if short else nullcontext():
-        return run_block(block, x, wanted)
-
-
 def choose_how_blocks_run(args, model, plan, machine) -> None:
-    """For --compile, --recompute and the CPU the function that runs a block is replaced; modules and names stay as they are."""
+    """--compile and --recompute: the function that runs a block is replaced, modules and names stay as they are."""
     if args.compile:
         try:  # something new each time, or what was compiled on an earlier day would be found
             factor = random.random()
@@ -478,8 +469,6 @@ def choose_how_blocks_run(args, model, plan, machine) -> None:
             raise UsageError(f"--compile: torch.compile does not work on this machine ({reason}); install a C++ compiler "
                              "(on a GPU triton too), or leave the flag out") from None
         model.run_block = torch.compile(model.run_block, dynamic=True)  # one function for all blocks and lengths
-    if machine.device.type == "cpu":
-        model.run_block = functools.partial(run_short_block, model.run_block)
     if args.recompute:
         if lowest_block(plan.eligible, model.config.n_layer) == model.config.n_layer:
             raise UsageError(f"--recompute: under --trainable {args.trainable} the backward pass enters no block; leave the flag out")
@@ -1306,7 +1295,7 @@ def prove(model, plan, optimizer, state) -> None:
         refuse_lost_updates(model, optimizer)
         raise
     for name, p in model.named_parameters():
-        if not torch.isfinite(whole(p)).all():
+        if not all(map(math.isfinite, whole(p.detach()).aminmax())):
             raise ArithmeticError(f"{name} holds NaN or inf after step {state['step']}, nothing is saved: lower --lr or --weight-decay")
 
 

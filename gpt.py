@@ -31,7 +31,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -40,6 +40,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,9 @@ class KVCache:
         return order
 
 
+FEW_SCORES = 200 * 200  # of a head: on the CPU the many small products of flash attention cost more than to hold these
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head self-attention in which a token sees itself and what came before."""
 
@@ -135,7 +139,9 @@ class CausalSelfAttention(nn.Module):
         if store is not None:
             k, v = store(k, v)  # (B, H, S, D): the S - T earlier tokens too
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
+        few = x.device.type == "cpu" and T * k.shape[2] <= FEW_SCORES
+        with sdpa_kernel(SDPBackend.MATH) if few else nullcontext():
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y if wanted is None else y.flatten(0, 1)[wanted]))  # (B, T, C) or (N, C)
 
@@ -311,7 +317,7 @@ class GPT(nn.Module):
             for name in expected:
                 path, entry = entries[name]
                 p, tensor = model.get_parameter(name), _read_entry(path, entry)
-                if not torch.isfinite(tensor).all():
+                if not all(map(math.isfinite, tensor.aminmax())):  # NaN is in both; torch.isfinite would take twice the tensor's memory
                     raise ValueError(f"{path}: tensor {name} holds NaN or inf")
                 p.copy_(tensor.t() if _is_conv1d(name) else tensor)
             if tied_in_file and not tied:
