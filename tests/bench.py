@@ -271,6 +271,7 @@ def generation(folder, kind, device="cpu"):
 
 def machine(n_embd, device="cpu", size=8):
     """GFLOP/s of the matrix products of a step of `size` records of 57 ids: forward, for the input, for the weight."""
+    import finetune
     import torch
 
     def rate(f, flops):
@@ -282,7 +283,9 @@ def machine(n_embd, device="cpu", size=8):
         return flops / min(times) / 1e9
 
     rows, C, table = 57 * size, n_embd, {}
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+    for name, dtype in (("fp32", torch.float32), ("fp32 as here", torch.float32), ("bf16", torch.bfloat16)):
+        if name == "fp32 as here":
+            finetune.multiply_with_onednn()
         for M, K, N in ((rows, C, 3 * C), (rows, C, C), (rows, C, 4 * C), (rows, 4 * C, C), (rows // 4, C, 50257)):
             x, w, g = (torch.randn(*shape, device=device).to(dtype) for shape in ((M, K), (N, K), (M, N)))
             table[f"{name} {M} x {K} x {N}"] = [rate(f, 2 * M * K * N) for f in (lambda: x @ w.T, lambda: g @ w, lambda: g.T @ x)]
@@ -506,6 +509,7 @@ def bench_lora(args):
     train, bf16 = {"folder": args.folder, "file": args.file, "policy": "lora"}, {"flags": ["--dtype", "bf16"]}
     full = train | {"policy": "all"}
     replies = take_turns({"LoRA, plain loop": ("plain_train", train), "LoRA, peft": ("hf_train", train), "LoRA, fp32": ("our_train", train),
+                          "LoRA, fp32, --recompute": ("our_train", train | {"flags": ["--recompute"]}),
                           "full, fp32": ("our_train", full), "LoRA, bf16": ("our_train", train | bf16),
                           "full, bf16": ("our_train", full | bf16)}, args.requests)
     adapters = {name: own for name, own in replies.items() if "LoRA" in name}
@@ -513,7 +517,7 @@ def bench_lora(args):
     for dtype in ("fp32", "bf16"):
         pair = {name: own for name, own in replies.items() if name in (f"LoRA, {dtype}", f"full, {dtype}")}
         compare(pair, {f"LoRA, {dtype}": 1}, f"full, {dtype}")
-    report_memory(adapters, {"LoRA, fp32": 1.4})
+    report_memory(adapters, {"LoRA, fp32": 1.4, "LoRA, fp32, --recompute": 1.4})
 
 
 def bench_generate(args):
