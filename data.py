@@ -25,9 +25,6 @@ import os
 import random
 import re
 import sys
-import time
-import urllib.error
-import urllib.parse
 import urllib.request
 import warnings
 from dataclasses import dataclass
@@ -70,91 +67,26 @@ BYTE_TO_CHAR = {b: chr(b) for b in PRINTS} | {b: chr(256 + n) for n, b in enumer
 CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
 
 
-class Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows to http and https only, never back from https; keeps what the hub says of a file."""
-
-    linked = None  # headers with which the Hugging Face hub sends us on to where a file lies
-
-    def redirect_request(self, request, file, code, message, headers, url):
-        if not url.startswith(("https:", f"{request.type}:")):
-            raise urllib.error.HTTPError(url, code, f"redirected to {url}", headers, file)
-        self.linked = headers if "X-Linked-Etag" in headers else self.linked
-        return super().redirect_request(request, file, code, message, headers, url)
-
-
-def receive(url: str, file) -> str | None:
-    """Append to file what it lacks of url; returns the sha256 that the Hugging Face hub states.
-
-    Raises as urllib and http.client, ConnectionError where too little comes, ValueError where the
-    server contradicts itself. The next call goes on where this one stopped.
-    """
-    host, redirects = urllib.parse.urlsplit(url).hostname or "", Redirects()
-    local = host in ("localhost", "::1") or host.startswith("127.")  # not reached through a proxy
-    proxies = urllib.request.ProxyHandler({} if local else None)
-    headers = {"User-Agent": "gpt2-finetune"}  # some servers refuse urllib's own
-    headers |= {"Range": f"bytes={file.tell()}-"} if file.tell() else {}
-    request = urllib.request.Request(url, headers=headers)
-    with urllib.request.build_opener(redirects, proxies).open(request, timeout=30) as answer:
-        part = re.match(r"bytes (\d+)-", answer.headers.get("Content-Range", ""))
-        begin = int(part[1]) if part else 0  # a server that does not know Range begins anew
-        end = begin + (answer.length or 0)
-        linked = redirects.linked or answer.headers
-        size = int(linked.get("X-Linked-Size", end))
-        if begin > file.tell() or not begin < end == size:
-            raise ValueError(f"{url}: the server announces bytes {begin} to {end} of {size}")
-        file.seek(begin)
-        file.truncate()
-        terminal, shown, due = sys.stderr.isatty(), False, time.monotonic() + 2
-        while chunk := answer.read(2**16):
-            file.write(chunk)
-            if time.monotonic() > due:
-                line = f"fetching {url.rpartition('/')[2]}: {file.tell() >> 20} of {size >> 20} MiB"
-                print(line, end="\r" if terminal else "\n", file=sys.stderr, flush=True)
-                shown, due = True, time.monotonic() + (0.2 if terminal else 30)
-        if shown and terminal:
-            print(file=sys.stderr)
-    if file.tell() < size:
-        raise ConnectionError(f"only {file.tell()} of {size} bytes came")
-    # The ETag is no substitute: those of the hub's CDN and of GitHub are other hashes, as long.
-    tag = re.search(r"\b[0-9a-f]{64}\b", linked.get("X-Linked-Etag", ""))
-    return tag and tag[0]
-
-
 def download(url: str, path: Path, sha256: str | None = None) -> None:
-    """Fetch a file by http or https, whole or not at all; where that takes long, stderr says so.
-
-    A transfer that breaks is continued. Its length is checked, and its sha256, where it is given or
-    the Hugging Face hub states it. Raises OSError where network, server or disk fail, ValueError
-    where something else than the file comes.
-    """
-    if not re.match("https?://[^/]", url):
-        raise ValueError(f"{url} is no http or https address")
+    """Fetch a JSON file, whole or not at all. Raises OSError where network, server or disk fail, ValueError where
+    something else than the file comes."""
+    print(f"fetching {url}", file=sys.stderr)
+    request = urllib.request.Request(url, headers={"User-Agent": "gpt2-finetune"})  # some servers refuse urllib's own
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            content = answer.read()
+    except http.client.HTTPException as error:  # the connection broke
+        raise OSError(f"{url}: {error!r}") from None
+    except OSError as error:
+        raise OSError(f"{url}: {getattr(error, 'reason', error)}") from None
+    _parse(content, url)
+    found = hashlib.sha256(content).hexdigest()
+    if found != (sha256 or found):
+        raise ValueError(f"{url}: sha256 {found} came, expected {sha256}")
     path.parent.mkdir(parents=True, exist_ok=True)
     temp = path.with_name(f"{path.name}.{os.urandom(4).hex()}.part")  # others may fetch it too
-    longest = failures = 0
     try:
-        with open(temp, "x+b") as file:
-            while True:
-                try:
-                    stated = receive(url, file)
-                    break
-                except (OSError, http.client.HTTPException) as error:
-                    status = getattr(error, "code", 0)
-                    why = error if status else getattr(error, "reason", error)
-                    unreachable = type(error) is urllib.error.URLError and not longest
-                    failures = 1 if file.tell() > longest else failures + 1
-                    longest = max(longest, file.tell())
-                    if unreachable or failures == 5 or 300 <= status < 500 and status != 429:
-                        raise OSError(f"{url}: {' '.join(str(why).split())}") from None
-                    time.sleep(2**failures / 2)
-            file.seek(0)
-            if file.read(100).lstrip().lower().startswith((b"<!doctype", b"<html")):
-                raise ValueError(f"{url}: a web page came in place of the file")
-            file.seek(0)
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != (sha256 or stated or found):
-                raise ValueError(f"{url}: sha256 {found} came, expected {sha256 or stated}")
-            os.fsync(file.fileno())
+        temp.write_bytes(content)
         os.replace(temp, path)
     finally:
         temp.unlink(missing_ok=True)

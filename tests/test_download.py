@@ -2,7 +2,6 @@
 
 import hashlib
 import http.server
-import inspect
 import io
 import json
 import re
@@ -118,11 +117,6 @@ def hub(handler, body, sha256=None, size=None, code=302, cdn=None):
 
 
 # ------------------------------------------------------------------------------ one file
-
-
-def test_both_files_hold_the_same_downloader():
-    for name in ("Redirects", "receive", "download"):
-        assert inspect.getsource(getattr(gpt, name)) == inspect.getsource(getattr(data, name)), name
 
 
 def test_a_file_arrives_whole_and_alone(server, tmp_path):
@@ -402,11 +396,42 @@ def test_a_wrong_file_put_in_alpaca_s_place_is_a_clear_error(sets):
         load_examples("alpaca")
 
 
+@pytest.mark.parametrize("behave, message", [
+    (lambda h, body: None, "Remote end closed connection"),
+    (lambda h, body: h.answer(200, body, sent=20), "IncompleteRead.20 bytes read"),
+    (lambda h, body: h.answer(200, body, length=len(body) + 1), "IncompleteRead"),
+    (lambda h, body: h.answer(200, body, length=len(body) - 1), "not JSON"),
+    (lambda h, body: h.answer(200, b""), "not JSON"),
+    (lambda h, body: h.answer(200, PAGE), "not JSON"),
+    (lambda h, body: h.server.files.update({"/login": PAGE}) or h.answer(302, b"", Location="/login"), "not JSON"),
+    (lambda h, body: h.answer(503, b"busy"), "Service Unavailable"),
+    (lambda h, body: h.answer(404, b"no"), "Not Found"),
+])
+def test_an_answer_that_is_not_the_data_is_one_line_and_the_next_run_fetches_it_anew(sets, tmp_path, behave, message):
+    sets.behave[ALPACA] = behave
+    with pytest.raises(FileNotFoundError, match=rf"alpaca: .*{message}.* or put .* into .*alpaca.json") as caught:
+        data_file("alpaca")
+    assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "home").rglob("*.*"))
+    del sets.behave[ALPACA]
+    assert data_file("alpaca").read_bytes() == sets.files[ALPACA]
+
+
+def test_a_disk_without_room_leaves_no_part_of_the_data(sets, tmp_path, monkeypatch):
+    def full(path, content):
+        path.touch()
+        raise OSError(28, "No space left on device", str(path))
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(FileNotFoundError, match="No space left on device"):
+        data_file("book")
+    assert not list((tmp_path / "home").rglob("*.*"))
+
+
 def test_a_book_that_is_not_the_book_is_refused(sets, tmp_path):
     sets.files[BOOK] = sets.files[ALPACA]
     with pytest.raises(FileNotFoundError, match="book: .*sha256 .* or put .* into .*book.json"):
         data_file("book")
-    assert not list((tmp_path / "home" / "gpt2-finetune" / "data").iterdir())
+    assert not list((tmp_path / "home").rglob("*.*"))
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data beside the project")
