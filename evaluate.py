@@ -19,7 +19,6 @@ import argparse
 import email.utils
 import hashlib
 import http.client
-import itertools
 import json
 import math
 import os
@@ -45,6 +44,7 @@ from types import SimpleNamespace
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch says so without numpy, which is not needed
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 
 def harmless(text: str) -> str:
@@ -63,15 +63,16 @@ def read_records(path: str | Path) -> list[dict]:
         return []
     lines, records = Path(path).read_bytes().split(b"\n"), []
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
-            record = json.loads(line) if line.strip() else None
-            if not isinstance(record, dict | None):
+            record = json.loads(line)
+            if not isinstance(record, dict):
                 raise ValueError("not a JSON object")
+            records.append(record)
         except (ValueError, RecursionError) as error:
-            if number == len(lines):
-                break
-            raise ValueError(f"{path}, line {number}: {error}; repair or remove the file") from error
-        records += [record] if record is not None else []
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number}: {error}; repair or remove the file") from error
     if lines[-1]:  # no newline at the end: torn, or written by someone else
         write_records(path, records)
     return records
@@ -111,7 +112,7 @@ def eval_mode(model):
             module.training = training
 
 
-CACHED = 2**14  # most tokens, of all answers together, whose keys and values are in memory at a time: 1.1 GiB for GPT-2 small
+CACHED = 2**14  # most tokens, of a batch's answers together, with keys and values in memory: 1.1 GiB for GPT-2 small
 ANSWER_KEYS = ("id", "model_response", "ended", "error")  # of a record: the answer's, whatever the data had there
 
 
@@ -119,34 +120,34 @@ def generate_responses(model, tokenizer, examples: list[dict], prompts: list[lis
                        max_new_tokens: int = 256, batch_size: int = 64, path: str | Path | None = None,
                        progress: Callable | None = None) -> list[dict]:
     """Answer each example greedily; returns the examples in order, each with three more keys: "id" (its index),
-    "model_response" (text), "ended" (it produced the end token within its limit).
+    "model_response" (text), "ended" (it produced the end token within its limit). A prompt that fills the model's
+    block_size gets an empty answer and says so under "error".
 
-    prompts: the examples' prompt ids; generate: gpt.generate. Prompts of similar length share a batch, fewer where they
-    are long. With `path`, answers are appended to that JSON-lines file as they come, and those already in it are
-    kept; once complete it is in the examples' order. progress(done, total) is called after each batch.
-    A prompt that fills the model's block_size gets an empty answer and says so under "error".
-    Raises ValueError when the file holds answers to other examples.
+    prompts: the examples' prompt ids; generate: gpt.generate; progress(done, total) is called after each batch.
+    Prompts of similar length share a batch. With `path`, answers are appended to that JSON-lines file as they come,
+    and those already in it are kept; a file with answers to other examples is a ValueError.
     """
     done, block_size = {}, model.config.block_size
     for record in read_records(path) if path else []:
         i = record.get("id")
         same = type(i) is int and 0 <= i < len(examples) and "model_response" in record and all(
-            repr(record.get(key)) == repr(value) for key, value in examples[i].items() if key not in ANSWER_KEYS)  # NaN too equals itself
+            repr(record.get(key)) == repr(value)  # by repr, NaN too equals itself
+            for key, value in examples[i].items() if key not in ANSWER_KEYS)
         if not same:
             raise ValueError(f"{path} holds answers to other examples (id {i!r}): remove it to answer anew")
         done[i] = record
-    todo = sorted(set(range(len(examples))) - set(done), key=lambda i: (-len(prompts[i]), i))
+    todo = sorted(set(range(len(examples))) - set(done), key=lambda i: (-len(prompts[i]), i))  # longest first
     with open(path or os.devnull, "a", encoding="utf-8") as file, eval_mode(model):
-        waiting = todo  # longest first
+        waiting = todo
         while waiting:
             size = CACHED // min(block_size, len(prompts[waiting[0]]) + max_new_tokens)
-            batch = waiting[:max(1, min(batch_size, size))]
-            waiting = waiting[len(batch):]
-            fits = [i for i in batch if len(prompts[i]) < block_size]
-            answers = generate(model, [prompts[i] for i in fits], max_new_tokens, eos_id=tokenizer.eot_token) if fits else []
-            new_ids = dict(zip(fits, answers))
-            for i in batch:
-                ids, room = new_ids.get(i, []), min(max_new_tokens, block_size - len(prompts[i]))
+            size = max(1, min(batch_size, size))
+            batch, waiting = waiting[:size], waiting[size:]
+            fits = [prompts[i] for i in batch if len(prompts[i]) < block_size]
+            answers = generate(model, fits, max_new_tokens, eos_id=tokenizer.eot_token) if fits else []
+            answers = [[]] * (len(batch) - len(fits)) + answers  # what does not fit comes first
+            for i, ids in zip(batch, answers):
+                room = min(max_new_tokens, block_size - len(prompts[i]))
                 done[i] = {**examples[i], "id": i, "model_response": decode(tokenizer, ids), "ended": len(ids) < room}
                 if room < 1:
                     done[i]["error"] = f"prompt of {len(prompts[i])} tokens, the model takes {block_size - 1}"
@@ -156,7 +157,7 @@ def generate_responses(model, tokenizer, examples: list[dict], prompts: list[lis
                 progress(len(done), len(examples))
     responses = [done[i] for i in range(len(examples))]
     if path and todo:
-        write_records(path, responses)
+        write_records(path, responses)  # in the examples' order
     return responses
 
 
@@ -175,8 +176,8 @@ def exact_match(prediction: str, reference: str) -> bool:
     """Equal after Unicode NFC and without outer whitespace; case, punctuation and inner spacing count. Where the
     reference is a worked solution that ends in a line "Answer: ..." or "#### ...", only what follows is compared.
     """
-    if FINAL.match(reference):
-        reference, found = FINAL.sub("", reference, count=1), FINAL.match(prediction)
+    if found := FINAL.match(reference):
+        reference, found = reference[found.end():], FINAL.match(prediction)
         prediction = prediction[found.end():] if found else ""
     return unicodedata.normalize("NFC", prediction).strip() == unicodedata.normalize("NFC", reference).strip()
 
@@ -212,36 +213,28 @@ def rouge_l(prediction: str, reference: str) -> float:
 # ---------------------------------------------------------------- scores of a model
 
 
-def token_nlls(model, inputs, targets) -> torch.Tensor:
-    """Negative log-likelihood (nats) of each target that is not -100, (N,) float64; inputs, targets: (B, T) int64.
-
-    The head sees only these positions, 1024 at a time: the logits of them all would be by far the largest tensor.
-    """
-    device, wanted = next(model.parameters()).device, targets != -100  # (B, T)
-    hidden = model.features(inputs.to(device))[wanted.to(device)]  # (B, T, C) -> (N, C)
-    parts = zip(hidden.split(1024), targets[wanted].to(device).split(1024))
-    return torch.cat([F.cross_entropy(model.lm_head(h).float(), t, reduction="none") for h, t in parts]).double().cpu()
-
-
 def example_nlls(model, encoded, batch_size: int = 16) -> list[tuple[float, int]]:
     """(nats, tokens) of each example: negative log-likelihood of its response, end token included, given its prompt.
 
     encoded: data.Encoded, or anything with .ids and .n_prompt. Only response tokens count, each once, so the ratio
     is comparable between templates and between losses trained on. Examples of similar length share a batch.
     """
-    results, order = [(0.0, 0)] * len(encoded), sorted(range(len(encoded)), key=lambda i: len(encoded[i].ids))
+    device, results = next(model.parameters()).device, {}
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].ids))
     with eval_mode(model):
         for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            inputs = torch.zeros(len(batch), len(encoded[batch[-1]].ids) - 1, dtype=torch.long)  # padding comes after: unseen
-            targets = torch.full_like(inputs, -100)
-            for row, e in enumerate(encoded[i] for i in batch):
-                inputs[row, : len(e.ids) - 1] = torch.tensor(e.ids[:-1])
-                targets[row, e.n_prompt - 1 : len(e.ids) - 1] = torch.tensor(e.ids[e.n_prompt :])
-            tokens = (targets != -100).sum(1).tolist()
-            for i, nats in zip(batch, token_nlls(model, inputs, targets).split(tokens)):
-                results[i] = nats.sum().item(), len(nats)
-    return results
+            batch = [encoded[i] for i in order[start : start + batch_size]]
+            ids = pad_sequence([torch.tensor(e.ids) for e in batch], batch_first=True)  # (B, T + 1)
+            first, end = torch.tensor([(e.n_prompt, len(e.ids)) for e in batch]).T[..., None]  # (B, 1) each
+            place = torch.arange(1, ids.shape[1])  # (T,)
+            wanted = (first <= place) & (place < end)  # (B, T)
+            # The head sees only the wanted places, 1024 at a time: all logits would be by far the largest tensor.
+            hidden = model.features(ids[:, :-1].to(device))[wanted.to(device)]  # (B, T, C) -> (N, C)
+            parts = zip(hidden.split(1024), ids[:, 1:][wanted].to(device).split(1024))
+            nlls = [F.cross_entropy(model.lm_head(h).float(), t, reduction="none") for h, t in parts]
+            nlls = torch.cat(nlls).double().cpu().split(wanted.sum(1).tolist())
+            results |= {i: (nats.sum().item(), len(nats)) for i, nats in zip(order[start:], nlls)}
+    return [results[i] for i in range(len(encoded))]
 
 
 def response_nll(model, encoded, batch_size: int = 16) -> tuple[float, int]:
@@ -251,9 +244,8 @@ def response_nll(model, encoded, batch_size: int = 16) -> tuple[float, int]:
 
 
 def text_nll(model, ids: list[int], block_size: int, batch_size: int = 8) -> float:
-    """Nats per token of a plain text cut into windows of block_size; every id but the first is predicted once.
-
-    A window's context starts at its own first id, so the number depends on block_size: compare like with like.
+    """Nats per token of a plain text cut into windows of block_size; every id but the first is predicted once. A
+    window's context starts at its own first id, so the number depends on block_size: compare like with like.
     """
     if len(ids) < 2:
         raise ValueError(f"a text of {len(ids)} tokens has none to predict: at least 2 are needed")
@@ -276,10 +268,9 @@ def first_token_entropies(model, prompts: list[list[int]], batch_size: int = 16)
     device, entropies = next(model.parameters()).device, []
     with eval_mode(model):
         for start in range(0, len(prompts), batch_size):
-            part = prompts[start : start + batch_size]
-            last = torch.tensor([len(p) - 1 for p in part])
-            idx = torch.tensor([p + [0] * (int(last.max()) + 1 - len(p)) for p in part])
-            hidden = model.features(idx.to(device))[torch.arange(len(part)), last]  # (B, T, C) -> (B, C)
+            part = [torch.tensor(p) for p in prompts[start : start + batch_size]]
+            idx, last = pad_sequence(part, batch_first=True), [len(p) - 1 for p in part]
+            hidden = model.features(idx.to(device))[range(len(part)), last]  # (B, T, C) -> (B, C)
             log_p = F.log_softmax(model.lm_head(hidden).float(), dim=-1)
             entropies += (-(log_p.exp() * log_p).sum(-1)).tolist()
     return entropies
@@ -288,17 +279,21 @@ def first_token_entropies(model, prompts: list[list[int]], batch_size: int = 16)
 # ---------------------------------------------------------------- statistics
 
 
-def bootstrap_interval(values: list[float], n_resamples: int = 2000, seed: int = 123) -> list[float] | None:
-    """95 % percentile interval [low, high] of the mean over examples; None for fewer than two values.
+def mean(values) -> float | None:
+    """None of nothing."""
+    return statistics.fmean(values) if values else None
 
-    For two models on the same examples give the paired differences, so that the examples' own difficulty cancels.
+
+def bootstrap_interval(values: list[float], n_resamples: int = 2000, seed: int = 123) -> list[float] | None:
+    """95 % percentile interval [low, high] of the mean over examples; None for fewer than two values. For two models
+    on the same examples give the paired differences, so that the examples' own difficulty cancels.
     """
     if len(values) < 2:
         return None
     values, generator = torch.tensor(values, dtype=torch.float64), torch.Generator().manual_seed(seed)
     means = torch.cat([values[torch.randint(len(values), (100, len(values)), generator=generator)].mean(1)
-                       for _ in range(n_resamples // 100)])
-    return torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+                       for _ in range(n_resamples // 100)])  # a hundred at a time, to save memory
+    return means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
 
 
 def pearson(x: list[float], y: list[float]) -> float | None:
@@ -412,6 +407,12 @@ Answer B ({nonce:.4}): {b}
 SCHEMA = {"type": "object", "required": ["reason", "score"], "additionalProperties": False, "properties": {
     "reason": {"type": "string"}, "score": {"type": "integer", "minimum": 0, "maximum": 100}}}
 
+THINKING = re.compile(r"<think>.*?</think>", re.DOTALL)  # some models put it first
+STATED = re.compile(r"""\[\[([^][]{0,20})\]\]
+    |["']score["']\s{0,3}:\s{0,3}([^\s,}]{1,20})\s{0,3}[,}]  # JSON with a fault elsewhere
+    |\bscore[\s*_]{0,9}[:=][\s*_]{0,9}(\S{1,20}(?:\s{0,3}(?:/|-|–|to\b|or\b|out\ of\b)\s{0,3}\d\S{0,20})?)
+    |(?<![^\s:=])([^\s:=]{1,20}\s{0,3}(?:/|out\ of)\s{0,3}100)\b""", re.IGNORECASE | re.VERBOSE)
+
 
 def digest(*parts) -> str:
     """A key for what was asked; 16 hex digits."""
@@ -426,11 +427,6 @@ def fill(prompt: str, question: str, reference: str, *answers: str) -> str:
     return prompt.format(nonce=nonce, question=question, reference=reference, a=answers[0], b=answers[-1])
 
 
-def without_thinking(reply: str) -> str:
-    """A reply without the <think> part that some models put first."""
-    return re.sub(r"<think>.*?</think>", "", reply, flags=re.DOTALL)
-
-
 def parse_score(reply: str, cut: bool = False) -> int | None:
     """The judge's score, 0 to 100, or None where the reply does not state exactly one: nothing is clamped or guessed.
 
@@ -439,7 +435,7 @@ def parse_score(reply: str, cut: bool = False) -> int | None:
     """
     if len(reply) > 20_000:  # babble, and slow to search
         return None
-    reply, found, start = without_thinking(reply), [], 0
+    reply, found, start = THINKING.sub("", reply), [], 0
     while (start := reply.find("{", start)) >= 0:
         try:
             value, start = json.JSONDecoder().raw_decode(reply, start)
@@ -447,29 +443,30 @@ def parse_score(reply: str, cut: bool = False) -> int | None:
         except (ValueError, RecursionError):
             start += 1
     if found or cut:
-        return found[0] if found and len(set(found)) == 1 else None
-    marked = re.findall(r"""\[\[([^][]{0,20})\]\]
-                            |["']score["']\s{0,3}:\s{0,3}([^\s,}]{1,20})\s{0,3}[,}]     # JSON with a fault elsewhere
-                            |\bscore[\s*_]{0,9}[:=][\s*_]{0,9}(\S{1,20}(?:\s{0,3}(?:/|-|–|to\b|or\b|out\ of\b)\s{0,3}\d\S{0,20})?)
-                            |(?<![^\s:=])([^\s:=]{1,20}\s{0,3}(?:/|out\ of)\s{0,3}100)\b""", reply, re.IGNORECASE | re.VERBOSE)
+        return found[0] if len(set(found)) == 1 else None
+    marked = STATED.findall(reply)
     return as_score("".join(marked[-1]) if marked else reply)
 
 
 def as_score(value) -> int | None:
     """An integer from 0 to 100, also as text ("85", "85/100", "**85**."), else None."""
     if isinstance(value, str):
-        match = re.fullmatch(r"""[\s*_`"']*([0-9]{1,3})(?:\s*(?:/|out of)\s*100)?[\s*_`"'.,;)]*""", value, re.IGNORECASE)
+        match = re.fullmatch(r"""[\s*_`"']*([0-9]{1,3})(\s*(/|out of)\s*100)?[\s*_`"'.,;)]*""", value, re.IGNORECASE)
         value = int(match[1]) if match else None
     return value if type(value) is int and 0 <= value <= 100 else None
 
 
 def parse_verdict(reply: str, cut: bool = False) -> str | None:
     """"A", "B" or "C" (tie) where the reply holds one verdict [[A]], [[B]] or [[C]], however often; else None."""
-    verdicts = set(re.findall(r"\[\[([ABC])\]\]", without_thinking(reply)))
+    verdicts = set(re.findall(r"\[\[([ABC])\]\]", THINKING.sub("", reply)))
     return verdicts.pop() if len(verdicts) == 1 and not cut else None
 
 
 # ---------------------------------------------------------------- talking to a server
+
+LOOPBACK = re.compile(r"localhost|127(\.\d{1,3}){3}|::1")  # this machine
+QUOTA = re.compile("insufficient_quota|credit_balance_exhausted|_(spend|usage)_limit_exceeded")
+SERVERS = {"ollama": "http://127.0.0.1:11434", "openai": "https://api.openai.com"}  # where --judge-url names no other
 
 
 class JudgeError(RuntimeError):
@@ -483,24 +480,14 @@ class JudgeError(RuntimeError):
 class AnyStatus(urllib.request.HTTPErrorProcessor):
     """Every status comes back, and no redirect is followed: key and data go to no other server than the one named."""
 
-    def http_response(self, request, response):
-        return response
-
-    https_response = http_response
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host is this machine."""
-    return re.fullmatch(r"localhost|127(\.\d{1,3}){3}|::1", host) is not None
+    http_response = https_response = lambda self, request, response: response
 
 
 def post_once(url: str, body: dict, key: str | None, timeout: float):
-    """One POST: (status, headers, text), or TimeoutError after `timeout` seconds in all. The sockets' own limit is
-    for each read, and a server that drips bytes never reaches it: hence a thread, which can be abandoned.
-    """
+    """One POST: (status, headers, JSON value or else text); TimeoutError after `timeout` seconds in all."""
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-    no_proxy = [urllib.request.ProxyHandler({})] if is_loopback(urllib.parse.urlsplit(url).hostname) else []
+    no_proxy = [urllib.request.ProxyHandler({})] if LOOPBACK.fullmatch(urllib.parse.urlsplit(url).hostname) else []
     outcome = Future()
 
     def work():
@@ -511,27 +498,22 @@ def post_once(url: str, body: dict, key: str | None, timeout: float):
         except Exception as error:  # raised again by result()
             outcome.set_exception(error)
 
+    # A socket's own limit is for each read, and a server that drips bytes never reaches it. A thread can be abandoned.
     threading.Thread(target=work, daemon=True).start()
     status, headers, text = outcome.result(timeout)
-    return status, headers, text.replace(key, "***") if key and len(key) >= 8 else text
-
-
-def parse_json(text: str):
-    """The value of a JSON text, or None."""
+    if key and len(key) >= 8:  # a shorter one is part of other words
+        text = text.replace(key, "***")
     try:
-        return json.loads(text)
+        return status, headers, json.loads(text)
     except (ValueError, RecursionError):
-        return None
+        return status, headers, re.sub(r"<[^>]*>", " ", text)  # perhaps an HTML page
 
 
-def error_text(text: str) -> str:
-    """What an error body says, in one line of at most 200 characters."""
-    value = parse_json(text)
-    if isinstance(value, dict):
-        value = value.get("error") or value.get("detail") or value
-    if value is None:
-        value = re.sub(r"<[^>]*>", " ", text)  # perhaps an HTML page
-    return harmless(" ".join((value if isinstance(value, str) else json.dumps(value)).split()))[:200]
+def error_text(reply) -> str:
+    """What the JSON value or text of an error says, in one line of at most 200 characters."""
+    if isinstance(reply, dict):
+        reply = reply.get("error") or reply.get("detail") or reply
+    return harmless(" ".join((reply if isinstance(reply, str) else json.dumps(reply)).split()))[:200]
 
 
 def retry_delay(headers, attempt: int) -> float:
@@ -557,20 +539,19 @@ def post_json(url: str, body: dict, key: str | None = None, *, timeout: float = 
     for attempt in range(attempts):
         status, headers, retry, fatal = None, {}, True, False
         try:
-            status, headers, text = post_once(url, body, key, timeout)
+            status, headers, reply = post_once(url, body, key, timeout)
         except (OSError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", error)
+            reason = getattr(error, "reason", None) or error
             if isinstance(reason, TimeoutError):
                 reason = f"no whole reply within {timeout:g} s"
             elif isinstance(error, urllib.error.URLError):
                 reason, fatal = f"{reason}: is the server running?", True
-            message = f"{host}: {reason or type(reason).__name__}"
+            message = f"{host}: {str(reason) or type(reason).__name__}"
         else:
-            reply = parse_json(text)
             if status < 300 and isinstance(reply, dict) and not reply.get("error"):
                 return reply
-            message = f"{host} answered {status}: {error_text(text)}"
-            quota = re.search(r"insufficient_quota|credit_balance_exhausted|_(spend|usage)_limit_exceeded", text) is not None
+            message = f"{host} answered {status}: {error_text(reply)}"
+            quota = bool(QUOTA.search(json.dumps(reply)))
             retry = (status < 300 or status in (408, 409, 429) or status >= 500) and not quota
             retry = {"true": True, "false": False}.get(headers.get("x-should-retry"), retry)
             fatal = quota or 300 <= status < 400 or status in (401, 403, 404, 405)
@@ -587,15 +568,20 @@ def post_json(url: str, body: dict, key: str | None = None, *, timeout: float = 
 
 @dataclass(frozen=True)
 class Judge:
-    """settings: all that a score depends on besides the texts. score(question, reference, answer) returns
-    {"score", "reply"}; verdict(question, reference, a, b) returns (verdict, reply). Both raise JudgeError.
-    patience: so many failures in a row and no more is asked (a server may be down).
+    """score(question, reference, answer) returns {"score", "reply"}; verdict(question, reference, a, b) returns
+    (verdict, reply). Both raise JudgeError.
     """
 
-    settings: dict
+    settings: dict  # all that a score depends on besides the texts
     score: Callable
     verdict: Callable
-    patience: float = 5
+    patience: float = 5  # so many failures in a row and no more is asked: a server may be down
+
+    @property
+    def slug(self) -> str:
+        """The judge's part of a file name."""
+        kind, _, model = self.settings["judge"].partition(":")
+        return re.sub(r"[^\w.-]+", "-", f"{kind}-{Path(model).name if kind == 'model' else model}")[:100]
 
 
 def reply_text(reply: dict, ollama: bool) -> tuple[str, bool]:
@@ -603,23 +589,21 @@ def reply_text(reply: dict, ollama: bool) -> tuple[str, bool]:
     try:
         choice = reply if ollama else reply["choices"][0]
         text = choice["message"].get("content") or choice["message"].get("refusal") or ""
-        prompt_is_cut = ollama and reply.get("prompt_eval_count", 0) >= NUM_CTX
+        if ollama and reply.get("prompt_eval_count", 0) >= NUM_CTX:
+            raise JudgeError(f"the prompt does not fit into the context of {NUM_CTX} tokens")
+        return str(text), choice.get("done_reason" if ollama else "finish_reason") == "length"
     except (KeyError, IndexError, TypeError, AttributeError):
-        raise JudgeError(f"a reply without a message: {error_text(json.dumps(reply))}") from None
-    if prompt_is_cut:
-        raise JudgeError(f"the prompt does not fit into the context of {NUM_CTX} tokens")
-    return str(text), choice.get("done_reason" if ollama else "finish_reason") == "length"
+        raise JudgeError(f"a reply without a message: {error_text(reply)}") from None
 
 
 def server_judge(spec: str, url: str, key: str | None = None, *, timeout: float = 120.0,
                  sleep: Callable = time.sleep) -> Judge:
-    """A judge behind Ollama's /api/chat ("ollama:MODEL") or an OpenAI-compatible API ("openai:MODEL").
-
-    A parameter that the server refuses by name is left out from then on, and said so once on stderr.
+    """A judge behind Ollama's /api/chat ("ollama:MODEL") or an OpenAI-compatible API ("openai:MODEL"). A parameter
+    that the server refuses by name is left out from then on, and said so once on stderr.
     """
     kind, _, model = spec.partition(":")
-    ollama, root = kind == "ollama", url.rstrip("/").removesuffix("/v1")
-    endpoint, fixed = root + ("/api/chat" if ollama else "/v1/chat/completions"), {"model": model, "stream": False}
+    ollama, fixed = kind == "ollama", {"model": model, "stream": False}
+    endpoint = url.rstrip("/").removesuffix("/v1") + ("/api/chat" if ollama else "/v1/chat/completions")
     if ollama:
         fixed["options"] = {"temperature": 0, "seed": SEED, "num_ctx": NUM_CTX, "num_predict": MAX_REPLY}
         optional = {"format": SCHEMA, "think": False, "truncate": False}
@@ -637,12 +621,12 @@ def server_judge(spec: str, url: str, key: str | None = None, *, timeout: float 
             except JudgeError as error:
                 if ollama and error.status == 404:
                     raise JudgeError(f"{error}; to fetch it: ollama pull {model}", True, 404) from error
-                refused = [name for name in options if re.search(rf"\b{name}(ing)?\b", str(error))]
+                refused = next((name for name in options if re.search(rf"\b{name}(ing)?\b", str(error))), None)
                 if error.status not in (400, 422) or not refused:
                     raise
-                print(f"note: {error}; going on without {refused[0]}", file=sys.stderr)
-                value = optional.pop(refused[0])
-                if refused[0] == "max_completion_tokens":
+                print(f"note: {error}; going on without {refused}", file=sys.stderr)
+                value = optional.pop(refused)
+                if refused == "max_completion_tokens":
                     optional["max_tokens"] = value  # the older name
 
     def score(*texts):
@@ -685,13 +669,11 @@ def local_judge(spec: str, model, tokenizer) -> Judge:
 
 
 def compare_answers(judge: Judge, question: str, reference: str, first: str, second: str) -> dict:
-    """Both orders of two answers: "winner" is "first" or "second" only where the orders agree, else "tie"; None
-    where a verdict could not be read. "verdicts" names positions: A was shown first.
-    """
+    """Both orders of two answers. "verdicts" name positions: A was shown first."""
     one, reply = judge.verdict(question, reference, first, second)
     two, other = judge.verdict(question, reference, second, first)
-    named = {"A": "first", "B": "second", "C": "tie"}.get(one), {"A": "second", "B": "first", "C": "tie"}.get(two)
-    winner = None if None in named else named[0] if named[0] == named[1] else "tie"
+    # A win needs both orders. Where a verdict could not be read there is no winner, not even a tie.
+    winner = {("A", "B"): "first", ("B", "A"): "second"}.get((one, two), "tie") if one and two else None
     return {"winner": winner, "verdicts": [one, two], "replies": [reply, other]}
 
 
@@ -712,7 +694,9 @@ def judge_all(path: str | Path, settings: dict, items: list[tuple], ask: Callabl
     if len(kept) < len(records):
         write_records(path, list(kept.values()))
     with open(path, "a", encoding="utf-8") as file:
-        for name, *texts in (item for item in items if item[0] not in kept):
+        for name, *texts in items:
+            if name in kept:
+                continue
             try:
                 result, in_a_row = ask(*texts), 0
             except JudgeError as error:
@@ -745,11 +729,6 @@ class Run:
     report: dict
 
 
-def n_words(text: str) -> int:
-    """Length of a text, in words between spaces."""
-    return len(text.split())
-
-
 def texts_of(r: dict) -> tuple[str, str, str]:
     """(question, reference, answer) as a judge sees them."""
     return "\n".join(filter(None, [r["instruction"], r.get("input")])), r["output"], r["model_response"]
@@ -761,14 +740,13 @@ def example_key(r: dict) -> tuple:
 
 
 def answer_scores(responses: list[dict]) -> dict[str, dict]:
-    """{metric: {example: value}} of what needs no judge. An answer that never ended matches nothing exactly: the
-    model did not know that it was done.
-    """
+    """{metric: {example: value}} of what needs no judge."""
     metrics = {
+        # An answer that never ended matches nothing: the model did not know that it was done.
         "exact_match": lambda r: r.get("ended", True) and exact_match(r["model_response"], r["output"]),
         "token_f1": lambda r: token_f1(r["model_response"], r["output"]),
         "rouge_l": lambda r: rouge_l(r["model_response"], r["output"]),
-        "length": lambda r: n_words(r["model_response"]),
+        "length": lambda r: len(r["model_response"].split()),
         "ended": lambda r: r.get("ended", True),
     }
     return {name: {example_key(r): float(metric(r)) for r in responses} for name, metric in metrics.items()}
@@ -780,44 +758,28 @@ def group_means(responses: list[dict], values: dict, group: str) -> dict:
     for r in responses:
         if group in r:
             members.setdefault(" ".join(str(r[group]).split()), []).append(example_key(r))
-    return {name: {"n": len(keys)} | {m: statistics.fmean(values[m][k] for k in keys) for m in ("exact_match", "token_f1")}
+    return {name: {"n": len(keys)} | {m: mean([values[m][k] for k in keys]) for m in ("exact_match", "token_f1")}
             for name, keys in sorted(members.items())}
 
 
-def judged_scores(records: list[dict], responses: list[dict]) -> dict:
-    """{example: score} of the records that have a score and were asked about these very answers."""
-    asked = {(r["id"], digest(*texts_of(r))): example_key(r) for r in responses}
-    return {asked[j["id"], j["key"]]: j["score"] for j in records
-            if j.get("score") is not None and (j.get("id"), j.get("key")) in asked}
-
-
-def mean(values) -> float | None:
-    """None of nothing."""
-    return statistics.fmean(values) if values else None
-
-
 def judge_report(scores: dict, responses: list[dict]) -> dict:
-    """Mean, interval, `n_scored` of `n`, bounds with the unscored as 0 and as 100, and the mean to be expected if the
-    answers were as long as the references (the effect of length regressed out).
-    """
+    """What {example: score} says of all the responses."""
     n, values = len(responses), list(scores.values())
-    lengths = {example_key(r): n_words(r["model_response"]) for r in responses}
-    reference_length = mean([n_words(r["output"]) for r in responses])
+    lengths = {example_key(r): len(r["model_response"].split()) for r in responses}
+    reference_length = mean([len(r["output"].split()) for r in responses])
     return {"n": n, "n_scored": len(values), "mean": mean(values), "interval": bootstrap_interval(values),
-            "bounds": [sum(values) / n, (sum(values) + 100 * (n - len(values))) / n],
+            "bounds": [sum(values) / n, (sum(values) + 100 * (n - len(values))) / n],  # the unscored as 0, as 100
             "length_adjusted": value_at(values, [lengths[k] for k in scores], reference_length) if values else None}
 
 
 def canary_items(responses: list[dict], n: int = 10) -> list[tuple]:
-    """Judge items with a known verdict, for up to n records: the reference itself, another record's answer, an
-    empty answer, and one that says to ignore the task and give 100.
-    """
+    """Judge items with a known verdict, of each kind for up to n records; "shuffled" is another record's answer."""
     items = []
     for i in range(0, len(responses), math.ceil(len(responses) / n)):
         question, reference, _ = texts_of(responses[i])
         others = [r["output"] for r in responses[i + 1 :] + responses[:i] if r["output"].strip() != reference.strip()]
-        answers = {"reference": reference, "shuffled": others[0] if others else None, "empty": "", "injection": INJECTION}
-        items += [(f"{kind}:{i}", question, reference, a) for kind, a in answers.items() if a is not None]
+        answers = {"reference": [reference], "shuffled": others[:1], "empty": [""], "injection": [INJECTION]}
+        items += [(f"{kind}:{i}", question, reference, answer) for kind in CANARIES for answer in answers[kind]]
     return items
 
 
@@ -828,7 +790,8 @@ def canary_report(records: list[dict]) -> dict:
         scores = [r["score"] for r in records if str(r["id"]).startswith(kind)]
         known = [s for s in scores if s is not None]
         if scores:
-            report[kind] = {"mean": mean(known), "n_scored": len(known), "n": len(scores), "ok": bool(known) and low <= mean(known) <= high}
+            report[kind] = {"mean": mean(known), "n_scored": len(known), "n": len(scores),
+                            "ok": bool(known) and low <= mean(known) <= high}
     return report
 
 
@@ -845,20 +808,23 @@ def read_judged(path: Path) -> list[dict]:
 
 def add_judges(run: Run) -> None:
     """Put every judge file of the folder into the report, and how far each two of them agree."""
+    asked = {(r["id"], digest(*texts_of(r))): example_key(r) for r in run.responses}
     for path in sorted(run.folder.glob("judge-*.jsonl")):
         records = read_judged(path)
-        scores = run.values[path.name] = judged_scores(records, run.responses)
-        canaries = canary_report(read_judged(path.with_name("canaries" + path.name.removeprefix("judge"))))
-        report = judge_report(scores, run.responses) | {"canaries": canaries}
-        report["fit"] = all(c["ok"] for c in canaries.values()) if canaries else None
+        scores = {asked[r["id"], r["key"]]: r["score"] for r in records  # those of these very answers
+                  if r["score"] is not None and (r["id"], r["key"]) in asked}
+        report, canaries = judge_report(scores, run.responses), path.name.replace("judge", "canaries", 1)
+        report["canaries"] = canary_report(read_judged(path.with_name(canaries)))
+        report["fit"] = all(c["ok"] for c in report["canaries"].values()) if report["canaries"] else None
         if covered := [r["covered"] for r in records if "covered" in r]:
-            report["covered"] = statistics.fmean(covered)
+            report["covered"] = mean(covered)
         for other in run.report["judges"]:
-            pairs = [(run.values[other][k], scores[k]) for k in scores if k in run.values[other]]
-            if len(pairs) > 1:
-                run.report["agreement"].append({"judges": [other, path.name], "n": len(pairs)} | {
-                    f.__name__: f(*map(list, zip(*pairs))) for f in (pearson, spearman, kendall_tau_b)})
-        run.report["judges"][path.name] = report
+            theirs = run.values[other]
+            if len(both := [k for k in scores if k in theirs]) > 1:
+                x, y = [theirs[k] for k in both], [scores[k] for k in both]
+                measures = {f.__name__: f(x, y) for f in (pearson, spearman, kendall_tau_b)}
+                run.report["agreement"].append({"judges": [other, path.name], "n": len(both)} | measures)
+        run.values[path.name], run.report["judges"][path.name] = scores, report
 
 
 def compare_runs(first: Run, second: Run) -> dict:
@@ -867,24 +833,21 @@ def compare_runs(first: Run, second: Run) -> dict:
     for metric in (m for m in first.values if m in second.values):
         a, b = first.values[metric], second.values[metric]
         differences = [b[k] - a[k] for k in a if k in b]
-        result[metric] = {"n": len(differences), "difference": mean(differences), "interval": bootstrap_interval(differences)}
+        result[metric] = {"n": len(differences), "difference": mean(differences),
+                          "interval": bootstrap_interval(differences)}
     return result
 
 
 def pairwise_report(records: list[dict], longer: list[float]) -> dict:
-    """Win rate of the second answer (a tie is half a win), raw and length-controlled, flip rate (the two orders
-    disagree), and first-position rate (of the verdicts that name a position, those that name the first).
-
-    longer: words of the second answer minus those of the first, one for each record.
-    """
+    """Win rate of the second answer (longer: by so many words), raw and at equal lengths, and the judge's biases."""
     known = [(r, d) for r, d in zip(records, longer) if r.get("winner")]
     if not known:
         return {"n": len(records), "n_judged": 0, "win_rate": None}
     wins = [{"first": 0.0, "tie": 0.5, "second": 1.0}[r["winner"]] for r, _ in known]
     positions = [v for r, _ in known for v in r["verdicts"] if v != "C"]
     rate, error = length_controlled_win_rate(wins, [d for _, d in known])
-    return {"n": len(records), "n_judged": len(known), "win_rate": statistics.fmean(wins), "interval": bootstrap_interval(wins),
-            "flip_rate": statistics.fmean(set(r["verdicts"]) not in ({"A", "B"}, {"C"}) for r, _ in known),
+    return {"n": len(records), "n_judged": len(known), "win_rate": mean(wins), "interval": bootstrap_interval(wins),
+            "flip_rate": mean([set(r["verdicts"]) not in ({"A", "B"}, {"C"}) for r, _ in known]),  # orders disagree
             "first_position_rate": positions.count("A") / len(positions) if positions else None,
             "length_controlled_win_rate": rate, "length_controlled_standard_error": error}
 
@@ -893,8 +856,8 @@ def number(value: float | None, scale: float = 1, digits: int = 1, interval: lis
     """A table cell: the value, with its interval where there is one."""
     if value is None:
         return "-"
-    bounds = " [{:.{d}f}, {:.{d}f}]".format(*(scale * bound for bound in interval), d=digits) if interval else ""
-    return f"{value * scale:.{digits}f}{bounds}"
+    cell, *bounds = (f"{scale * v:.{digits}f}" for v in (value, *(interval or [])))
+    return f"{cell} [{', '.join(bounds)}]" if bounds else cell
 
 
 def table(rows: list[list[str]], markdown: bool = False) -> str:
@@ -906,12 +869,13 @@ def table(rows: list[list[str]], markdown: bool = False) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
 
 
-def score_rows(names: list[str], reports: list[dict]) -> list[list[str]]:
+def score_rows(runs: list[Run]) -> list[list[str]]:
     """The table of scores: a line for each, a column for each run."""
+    reports, rows = [run.report for run in runs], [["", *(str(run.folder) for run in runs)]]
+
     def row(label, cell, parts=reports):
         rows.append([label, *(cell(part) if part else "-" for part in parts)])
 
-    rows = [["", *names]]
     row("answers", lambda r: str(r["n"]))
     row("exact match, %", lambda r: number(r["exact_match"], 100, 1, r["exact_match_interval"]))
     row("token F1, %", lambda r: number(r["token_f1"], 100))
@@ -922,10 +886,11 @@ def score_rows(names: list[str], reports: list[dict]) -> list[list[str]]:
     row("never ended, %", lambda r: number(1 - r["ended"], 100))
     row("forgetting, nats/token", lambda r: number(r["forgetting"], 1, 3))
     for group in ("task", "level"):
-        for name in sorted({name for r in reports for name in r[f"by_{group}"]}):
-            row(f"  exact match, {group} {name}", lambda g: number(g["exact_match"], 100),
-                [r[f"by_{group}"].get(name) for r in reports])
-    for judge in sorted({judge for r in reports for judge in r["judges"]}):
+        parts = [r[f"by_{group}"] for r in reports]
+        for name in sorted(set().union(*parts)):
+            label = f"  exact match, {group} {name}"
+            row(label, lambda g: number(g["exact_match"], 100), [part.get(name) for part in parts])
+    for judge in sorted(set().union(*(r["judges"] for r in reports))):
         parts = [r["judges"].get(judge) for r in reports]
         row(judge.removesuffix(".jsonl"), lambda j: number(j["mean"], 1, 1, j["interval"]), parts)
         row("  answers", lambda j: f"{j['n_scored']} scored of {j['n']}", parts)
@@ -934,14 +899,15 @@ def score_rows(names: list[str], reports: list[dict]) -> list[list[str]]:
         if any(part and "covered" in part for part in parts):
             row("  probability on digits", lambda j: number(j.get("covered"), 1, 3), parts)
         for kind, (low, high) in CANARIES.items():
-            row(f"  canary {kind}, {low} to {high}", lambda c: number(c["mean"]), [p and p["canaries"].get(kind) for p in parts])
+            canaries = [part and part["canaries"].get(kind) for part in parts]
+            row(f"  canary {kind}, {low} to {high}", lambda c: number(c["mean"]), canaries)
         row("  fit to judge", lambda j: {None: "not tested", True: "yes", False: "NO"}[j["fit"]], parts)
     return rows
 
 
 def report_text(runs: list[Run], markdown: bool) -> str:
     """The tables, and what must be said beside them."""
-    parts = [table(score_rows([str(run.folder) for run in runs], [run.report for run in runs]), markdown)]
+    parts = [table(score_rows(runs), markdown)]
     for run in runs:
         for name, compared in run.report["compared"].items():
             rows = [[f"{run.folder} minus {name}", "difference", "common answers"]]
@@ -950,18 +916,20 @@ def report_text(runs: list[Run], markdown: bool) -> str:
             parts.append(table(rows, markdown))
             if p := compared.get("pairwise"):
                 rows = [[f"pairwise, {run.folder} against {name}", f"{p['n_judged']} of {p['n']} judged"]]
-                rows += [[f"{key.replace('_', ' ')}, %", number(p[key], 100)] for key in p if key not in ("n", "n_judged", "interval")]
+                rows += [[f"{key.replace('_', ' ')}, %", number(value, 100)]
+                         for key, value in p.items() if key not in ("n", "n_judged", "interval")]
                 parts.append(table(rows, markdown))
         for a in run.report["agreement"]:
-            parts.append(f"{run.folder}: {' and '.join(a['judges'])} on {a['n']} common answers: Pearson {number(a['pearson'], 1, 3)}, "
-                         f"Spearman {number(a['spearman'], 1, 3)}, Kendall tau-b {number(a['kendall_tau_b'], 1, 3)}")
+            on = f"{run.folder}: {' and '.join(a['judges'])} on {a['n']} common answers"
+            parts.append(f"{on}: Pearson {number(a['pearson'], 1, 3)}, Spearman {number(a['spearman'], 1, 3)}, "
+                         f"Kendall tau-b {number(a['kendall_tau_b'], 1, 3)}")
         if run.report["forgetting"] is None:
             parts.append(f"{run.folder}: forgetting is not measured; --text FILE measures it on a plain text")
         for name, judge in run.report["judges"].items():
-            bad = [f"{kind} {number(c['mean'])} (must be {CANARIES[kind][0]} to {CANARIES[kind][1]})"
-                   for kind, c in judge["canaries"].items() if not c["ok"]]
-            if bad:
-                parts.append(f"WARNING {run.folder / name}: this judge is unfit, its scores mean little: canary {', '.join(bad)}")
+            if bad := [f"{kind} {number(c['mean'])} (must be {CANARIES[kind][0]} to {CANARIES[kind][1]})"
+                       for kind, c in judge["canaries"].items() if not c["ok"]]:
+                parts.append(f"WARNING {run.folder / name}: this judge is unfit, its scores mean little: "
+                             f"canary {', '.join(bad)}")
     return "\n\n".join(parts)
 
 
@@ -990,17 +958,18 @@ def sparkline(metrics: list[dict], width: int = 60) -> str:
 
 
 def drawable(text: str) -> str:
-    """Text that matplotlib draws as it is, without formulas or characters that cannot be encoded; a long one loses its middle."""
+    """Text without its middle where it is long, and without what matplotlib takes for a formula or cannot encode."""
     text = text if len(text) <= 60 else f"{text[:30]}…{text[-29:]}"
     return text.encode(errors="replace").decode().replace("$", r"\$")
 
 
 def plot_losses(axes, metrics: list[dict], label: str = "", color: str = COLORS[0], pale: str = "#9db7d5") -> None:
     """Training loss as a thin pale line, validation loss with dots; without a label each is named."""
+    nothing = [(math.nan, math.nan)]  # a curve that only the legend shows
     train, val = loss_points(metrics, "train_loss"), loss_points(metrics, "val_loss")
-    axes.plot(*zip(*train or [(math.nan, math.nan)]), color=pale, linewidth=0.8, label=None if label else "train")
+    axes.plot(*zip(*train or nothing), color=pale, linewidth=0.8, label=None if label else "train")
     if val or label:
-        axes.plot(*zip(*val or [(math.nan, math.nan)]), color=color, marker="o", markersize=3, label=label or "validation")
+        axes.plot(*zip(*val or nothing), color=color, marker="o", markersize=3, label=label or "validation")
     axes.set(xlabel="step", ylabel="loss (nats per supervised token)")
     axes.grid(alpha=0.3)
 
@@ -1008,16 +977,18 @@ def plot_losses(axes, metrics: list[dict], label: str = "", color: str = COLORS[
 def plot_scores(axes, runs: list[Run]) -> None:
     """Exact match, token F1 and judges' scores, each with its 95 % interval; a row for each run."""
     judges = sorted({metric for run in runs for metric in run.values if metric.startswith("judge-")})
-    labels = {"exact_match": "exact match", "token_f1": "token F1"} | {judge: drawable(judge.removesuffix(".jsonl")) for judge in judges}
+    labels = {"exact_match": "exact match", "token_f1": "token F1"}
+    labels |= {judge: drawable(judge.removesuffix(".jsonl")) for judge in judges}
     for i, (metric, label) in enumerate(labels.items()):
         style = {"marker": MARKERS[i % len(MARKERS)], "markeredgecolor": "white", "markersize": 7}
+        scale = 1 if metric in judges else 100
         for row, run in enumerate(runs):
-            if values := [v * (1 if metric in judges else 100) for v in run.values.get(metric, {}).values()]:
-                y, color = row + 0.6 * ((i + 0.5) / len(labels) - 0.5), COLORS[row % len(COLORS)]
-                low, high = bootstrap_interval(values) or [mean(values)] * 2
+            if values := [scale * v for v in run.values.get(metric, {}).values()]:
+                x, y, color = mean(values), row + 0.6 * ((i + 0.5) / len(labels) - 0.5), COLORS[row % len(COLORS)]
+                low, high = bootstrap_interval(values) or (x, x)
                 axes.plot([low, high], [y, y], color=color)
-                axes.plot(mean(values), y, color=color, **style)
-                axes.annotate(f"{mean(values):.1f}", (high, y), (6, 0), textcoords="offset points", va="center", fontsize=7)
+                axes.plot(x, y, color=color, **style)
+                axes.annotate(f"{x:.1f}", (high, y), (6, 0), textcoords="offset points", va="center", fontsize=7)
         axes.plot([], [], color="gray", linestyle="", label=label, **style)
     axes.set(xlim=(-3, 109), ylim=(len(runs) - 0.5, -0.5), xlabel="% (judges: 0 to 100), with 95 % intervals")
     axes.set_yticks(range(len(runs)), range(1, len(runs) + 1))
@@ -1038,34 +1009,35 @@ def plot_tradeoff(axes, runs: list[Run]) -> None:
     axes.axvline(0, color="gray", linewidth=0.8, linestyle=":")
     axes.margins(0.15)
     axes.grid(alpha=0.3)
-    axes.set(xlabel="forgetting (nats per token of plain text)", ylabel="exact match (%)" if matches else "response NLL (nats per token)")
+    axes.set(xlabel="forgetting (nats per token of plain text)",
+             ylabel="exact match (%)" if matches else "response NLL (nats per token)")
     if not matches:
         axes.invert_yaxis()  # better is higher
 
 
 def draw(runs: list[Run]) -> str:
-    """Losses, scores, forgetting against gain: into compare.png in the first run's folder where matplotlib is
-    installed, else the losses as text. Returns what there is to say of it.
-    """
+    """Draw compare.png into the first run's folder, or the losses as text without matplotlib; returns what to print."""
     metrics, path = [read_records(run.folder / "metrics.jsonl") for run in runs], runs[0].folder / "compare.png"
     try:
         from matplotlib.figure import Figure
     except ImportError:
         lines = [f"{run.folder}\n  {sparkline(m)}" for run, m in zip(runs, metrics)]
         return "\n".join(["training losses:", *lines, f"(with matplotlib installed, --plot draws {path})"])
-    tradeoff = any(run.report["forgetting"] is not None for run in runs)
+    beside = "scores" if all(run.report["forgetting"] is None for run in runs) else "tradeoff"
     figure = Figure(figsize=(11, 6.5 + 0.4 * len(runs)), layout="constrained")
-    panels = figure.subplot_mosaic([["losses"] * 2, ["scores", "tradeoff" if tradeoff else "scores"]], height_ratios=[4, 1.5 + 0.4 * len(runs)])
+    panels = figure.subplot_mosaic([["losses"] * 2, ["scores", beside]], height_ratios=[4, 1.5 + 0.4 * len(runs)])
+    names = [drawable(str(run.folder)) for run in runs]
     if len(runs) == 1:
         plot_losses(panels["losses"], metrics[0])
-        panels["losses"].set_title(drawable(str(runs[0].folder)))
+        panels["losses"].set_title(names[0])
     else:
-        for i, (run, color) in enumerate(zip(runs, itertools.cycle(COLORS))):
-            plot_losses(panels["losses"], metrics[i], f"{i + 1}  {drawable(str(run.folder))}", color, color + "50")
+        for i, name in enumerate(names):
+            color = COLORS[i % len(COLORS)]
+            plot_losses(panels["losses"], metrics[i], f"{i + 1}  {name}", color, color + "50")
         panels["losses"].set_title("thin: training, dots: validation", loc="right", fontsize=8)
     figure.legend(loc="outside upper left", ncols=2)
     plot_scores(panels["scores"], runs)
-    if tradeoff:
+    if "tradeoff" in panels:
         plot_tradeoff(panels["tradeoff"], runs)
     figure.savefig(path, dpi=150)
     return f"picture: {path}"
@@ -1078,11 +1050,12 @@ def judge_url(text: str) -> str:
     """The argparse type of --judge-url."""
     try:
         parts = urllib.parse.urlsplit(text)
-        good = parts.scheme in ("http", "https") and parts.hostname and re.fullmatch(r"[!-~]+", text) and parts.port != 0
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and re.fullmatch("[!-~]+", text)
     except ValueError:  # of a port or address that is none; argparse would print the text, and a password in it
         good = False
     if not good or re.search("[@?#]", text):
-        raise argparse.ArgumentTypeError("an http(s) URL is needed: a server's root or its /v1, without password or query")
+        raise argparse.ArgumentTypeError("an http(s) URL is needed: a server's root or its /v1, "
+                                         "without password or query")
     return text
 
 
@@ -1090,38 +1063,36 @@ def parse_args(argv=None):
     """Flags; what contradicts another is an error."""
     parser = argparse.ArgumentParser(description="Score finetuned runs, compare them, or talk to one.")
     parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders of finetune.py; the later ones are "
-                        "compared with the first")
-    parser.add_argument("--ask", nargs="?", const="", metavar="TEXT", help="answer this instruction; alone: each line typed")
-    parser.add_argument("--text", type=Path, metavar="FILE", help="plain text on which forgetting is measured "
-                        "(default: for the model tiny, its embedded held-out text)")
-    parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
-    parser.add_argument("--plot", action="store_true", help="draw losses, scores and forgetting into compare.png in the first RUN (with "
-                        "matplotlib installed)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    group = parser.add_argument_group("judge")
-    group.add_argument("--judge", default="none", metavar="JUDGE", help="none, ollama:MODEL, openai:MODEL, model:FOLDER")
-    group.add_argument("--judge-url", type=judge_url, metavar="URL",
-                       help="the server (default: http://127.0.0.1:11434 or https://api.openai.com)")
-    group.add_argument("--judge-key-env", metavar="NAME", help="environment variable with the server's key (default: "
-                       "OPENAI_API_KEY for openai:, sent only over https or to this machine)")
-    group.add_argument("--judge-timeout", type=float, metavar="SECONDS", help="a server's limit for a reply (default: 120)")
-    group.add_argument("--pairwise", action="store_true", help="let the judge compare each run with the first, in both orders")
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN",
+        help="run folders of finetune.py; the later ones are compared with the first")
+    add("--ask", nargs="?", const="", metavar="TEXT", help="answer this instruction; alone: each line typed")
+    add("--text", type=Path, metavar="FILE", help="plain text on which forgetting is measured (default: for the model "
+        "tiny, its embedded held-out text)")
+    add("--markdown", action="store_true", help="print the tables as Markdown")
+    add("--plot", action="store_true", help="draw losses, scores and forgetting into compare.png in the first "
+        "RUN (with matplotlib installed)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    add = parser.add_argument_group("judge").add_argument
+    add("--judge", default="none", metavar="JUDGE", help="none, ollama:MODEL, openai:MODEL, model:FOLDER")
+    add("--judge-url", type=judge_url, metavar="URL",
+        help=f"the server (default: {SERVERS['ollama']} or {SERVERS['openai']})")
+    add("--judge-key-env", metavar="NAME", help="environment variable with the server's key (default: OPENAI_API_KEY "
+        "for openai:, sent only over https or to this machine)")
+    add("--judge-timeout", type=float, metavar="SECONDS", help="a server's limit for a reply (default: 120)")
+    add("--pairwise", action="store_true", help="let the judge compare each run with the first, in both orders")
     args = parser.parse_args(argv)
 
     kind, _, model = args.judge.partition(":")
-    server = kind in ("ollama", "openai")
-    if args.judge != "none" and not (model and (server or kind == "model")):
+    if args.judge != "none" and not (model and kind in (*SERVERS, "model")):
         parser.error(f"--judge {args.judge}: none, ollama:MODEL, openai:MODEL or model:FOLDER")
-    if not server and (args.judge_url or args.judge_key_env or args.judge_timeout is not None):
+    if kind not in SERVERS and (args.judge_url or args.judge_key_env or args.judge_timeout is not None):
         parser.error(f"--judge-url, --judge-key-env and --judge-timeout have no effect with --judge {args.judge}")
     if args.pairwise and (args.judge == "none" or len(args.runs) < 2):
         parser.error("--pairwise needs a --judge and at least two runs")
     if args.ask is not None and (len(args.runs) > 1 or args.judge != "none" or args.text or args.markdown or args.plot):
         parser.error("--ask takes one run, and no flag of the report")
-    if args.judge_timeout is None:
-        args.judge_timeout = 120.0
-    if not 0 < args.judge_timeout < math.inf:
+    if args.judge_timeout is not None and not 0 < args.judge_timeout < math.inf:
         parser.error(f"--judge-timeout {args.judge_timeout}: must be above 0")
     args.key = judge_key(args, kind, parser)
     return args
@@ -1129,8 +1100,9 @@ def parse_args(argv=None):
 
 def judge_key(args, kind: str, parser) -> str | None:
     """The server's key. One that was not named for this server does not travel unencrypted."""
-    name, url = args.judge_key_env or ("OPENAI_API_KEY" if kind == "openai" else None), urllib.parse.urlsplit(args.judge_url or "")
-    if not name or not args.judge_key_env and url.scheme == "http" and not is_loopback(url.hostname):
+    name = args.judge_key_env or ("OPENAI_API_KEY" if kind == "openai" else None)
+    url = urllib.parse.urlsplit(args.judge_url or "")
+    if not name or not args.judge_key_env and url.scheme == "http" and not LOOPBACK.fullmatch(url.hostname):
         return None
     key = os.environ.get(name, "").strip()
     if not key and (args.judge_key_env or not args.judge_url):
@@ -1144,16 +1116,11 @@ def judge_key(args, kind: str, parser) -> str | None:
 def make_judge(args) -> Judge | None:
     """The judge that the flags name."""
     kind, _, model = args.judge.partition(":")
+    if kind == "none":
+        return None
     if kind == "model":
         return local_judge(args.judge, *load_model(model, args.device))
-    default = {"ollama": "http://127.0.0.1:11434", "openai": "https://api.openai.com"}.get(kind)
-    return default and server_judge(args.judge, args.judge_url or default, args.key, timeout=args.judge_timeout)
-
-
-def judge_slug(spec: str) -> str:
-    """The judge's part of a file name."""
-    kind, _, model = spec.partition(":")
-    return re.sub(r"[^\w.-]+", "-", f"{kind}-{Path(model).name if kind == 'model' else model}")[:100]
+    return server_judge(args.judge, args.judge_url or SERVERS[kind], args.key, timeout=args.judge_timeout or 120.0)
 
 
 def load_model(model: str, device: str):
@@ -1177,8 +1144,8 @@ def run_info(folder: Path) -> dict:
     info, kinds = read_json(folder / "run.json"), {"response": str | None, "max_new_tokens": int}
     try:
         flags, data = info["flags"], info["data"]
-        found = {"template": flags["template"], "model": flags["model"], "instruction": flags.get("instruction", "short"),
-                 "response": flags.get("response"), "data": data["path"], "sha256": data["sha256"],
+        found = {"template": flags["template"], "model": flags["model"], "data": data["path"], "sha256": data["sha256"],
+                 "instruction": flags.get("instruction", "short"), "response": flags.get("response"),
                  "max_new_tokens": info["train"].get("max_new_tokens", 256)}
         for key, value in found.items():
             if not isinstance(value, kinds.get(key, str)):
@@ -1201,15 +1168,15 @@ def asked_records(folder: Path, info: dict) -> list[dict]:
     from data import load_examples, reshape_example, split_examples
     from finetune import sha256
 
-    examples = split_examples(load_examples(info["data"]))[2]
-    if sha256(info["data"]) != info["sha256"]:
-        raise ValueError(f"{info['data']} has changed since {folder} was trained on it: put the old file back, or train anew")
+    data, path = info["data"], folder / "responses.jsonl"
+    examples = split_examples(load_examples(data))[2]
+    if sha256(data) != info["sha256"]:
+        raise ValueError(f"{data} has changed since {folder} was trained on it: put the old file back, or train anew")
     if not examples:
-        raise ValueError(f"{info['data']} leaves no test records: at least 10 records are needed")
+        raise ValueError(f"{data} leaves no test records: at least 10 records are needed")
     if info["instruction"] != "adaptive":
         return [reshape_example(e, info["instruction"], info["response"]) for e in examples]
-    path = folder / "responses.jsonl"  # adaptive instructions were chosen while finetuning
-    asked = [r["instruction"] for r in read_records(path)]
+    asked = [r["instruction"] for r in read_records(path)]  # they were chosen while finetuning
     if len(asked) != len(examples):
         raise ValueError(f"{path} is not complete, and only finetune.py chooses adaptive instructions: train again")
     return [reshape_example(e, response=info["response"]) | {"instruction": i} for e, i in zip(examples, asked)]
@@ -1217,23 +1184,21 @@ def asked_records(folder: Path, info: dict) -> list[dict]:
 
 def measure_forgetting(base: str, model, tokenizer, file: Path, device: str) -> dict:
     """NLL of a plain text under the model minus that under its base, nats per token."""
+    models = load_model(base, device)[0], model
     try:
         ids = tokenizer.encode_ordinary(file.read_text(encoding="utf-8"))
+        before, after = (text_nll(m, ids, m.config.block_size) for m in models)
     except FileNotFoundError:
         raise FileNotFoundError(f"{file}: no such text; --text takes a plain text file") from None
     except UnicodeDecodeError:
         raise ValueError(f"{file} is not a text in UTF-8") from None
-    try:
-        before, after = (text_nll(m, ids, m.config.block_size) for m in (load_model(base, device)[0], model))
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     return {"forgetting": after - before, "text_nll": {"before": before, "after": after, "file": str(file)}}
 
 
 def model_scores(folder: Path, text: Path | None, device: str) -> tuple[list[dict], dict]:
-    """(responses, scores) that need the model: answers to the test records where they are missing, the NLL of the
-    reference responses, forgetting.
-    """
+    """(responses, scores) that need the model: missing answers, the NLL of the references, forgetting."""
     from data import encode_examples, format_prompt
     from gpt import generate
 
@@ -1255,12 +1220,10 @@ def model_scores(folder: Path, text: Path | None, device: str) -> tuple[list[dic
 
 
 def score_run(folder: Path, text: Path | None, device: str) -> Run:
-    """Answer what is not yet answered and score it without a judge; in a folder with nothing but responses.jsonl, the
-    texts alone are scored.
-    """
-    path, scores = folder / "responses.jsonl", {}
+    """Score a run without a judge; in a folder with nothing but responses.jsonl, its texts alone."""
+    path, measured = folder / "responses.jsonl", {}
     if (folder / "run.json").exists():
-        responses, scores = model_scores(folder, text, device)
+        responses, measured = model_scores(folder, text, device)
     else:
         responses = [{**r, "id": i} for i, r in enumerate(read_records(path))]
         if text and responses:
@@ -1275,8 +1238,8 @@ def score_run(folder: Path, text: Path | None, device: str) -> Run:
     values = answer_scores(responses)
     report = {"n": len(responses)} | {metric: mean(of.values()) for metric, of in values.items()}
     report |= {"exact_match_interval": bootstrap_interval(list(values["exact_match"].values())),
-               "reference_length": mean([n_words(r["output"]) for r in responses]),
-               **dict.fromkeys(("response_nll", "response_perplexity", "forgetting", "text_nll")), **scores,
+               "reference_length": mean([len(r["output"].split()) for r in responses]),
+               "response_nll": None, "response_perplexity": None, "forgetting": None, "text_nll": None, **measured,
                "by_task": group_means(responses, values, "task"), "by_level": group_means(responses, values, "level"),
                "judges": {}, "agreement": [], "compared": {}}
     return Run(folder, responses, values, report)
@@ -1284,10 +1247,10 @@ def score_run(folder: Path, text: Path | None, device: str) -> Run:
 
 def judge_run(run: Run, judge: Judge) -> None:
     """Have every answer judged, then the canaries."""
-    slug, answers = judge_slug(judge.settings["judge"]), [(r["id"], *texts_of(r)) for r in run.responses]
+    answers = [(r["id"], *texts_of(r)) for r in run.responses]
     for kind, items in ("judge", answers), ("canaries", canary_items(run.responses)):
-        judge_all(run.folder / f"{kind}-{slug}.jsonl", judge.settings, items, judge.score, progress(f"{kind} {run.folder}"),
-                  judge.patience)
+        path = run.folder / f"{kind}-{judge.slug}.jsonl"
+        judge_all(path, judge.settings, items, judge.score, progress(f"{kind} {run.folder}"), judge.patience)
 
 
 def judge_pairs(first: Run, second: Run, judge: Judge) -> dict:
@@ -1296,11 +1259,11 @@ def judge_pairs(first: Run, second: Run, judge: Judge) -> dict:
     pairs = [(r, theirs[example_key(r)]) for r in first.responses if example_key(r) in theirs]
     if not pairs:
         raise ValueError(f"{first.folder} and {second.folder} have no test record in common")
-    slug = f"{judge_slug(judge.settings['judge'])}-{digest(str(first.folder.resolve()))[:6]}"
-    records = judge_all(second.folder / f"pairwise-{slug}.jsonl", judge.settings,
-                        [(a["id"], *texts_of(a), b["model_response"]) for a, b in pairs],
-                        lambda *texts: compare_answers(judge, *texts), progress(f"pairwise {second.folder}"), judge.patience)
-    return pairwise_report(records, [n_words(b["model_response"]) - n_words(a["model_response"]) for a, b in pairs])
+    items = [(a["id"], *texts_of(a), b["model_response"]) for a, b in pairs]
+    path = second.folder / f"pairwise-{judge.slug}-{digest(str(first.folder.resolve()))[:6]}.jsonl"
+    records = judge_all(path, judge.settings, items, lambda *texts: compare_answers(judge, *texts),
+                        progress(f"pairwise {second.folder}"), judge.patience)
+    return pairwise_report(records, [len(b.split()) - len(a.split()) for *_, a, b in items])
 
 
 def say(text: str) -> None:
@@ -1313,7 +1276,7 @@ def say(text: str) -> None:
 
 
 def evaluate(args) -> None:
-    """Score, judge, compare, print. Each scores.json is written before a judge is asked, and again with what it said."""
+    """Score, judge, compare, print. Each scores.json is written before a judge is asked, and again afterwards."""
     from gpt import write_json
 
     judge = make_judge(args)
@@ -1325,14 +1288,15 @@ def evaluate(args) -> None:
             judge_run(run, judge)
         add_judges(run)
         if run is not runs[0]:
-            pairwise = {"pairwise": judge_pairs(runs[0], run, judge)} if args.pairwise else {}
-            run.report["compared"][str(runs[0].folder)] = compare_runs(runs[0], run) | pairwise
+            compared = run.report["compared"][str(runs[0].folder)] = compare_runs(runs[0], run)
+            if args.pairwise:
+                compared["pairwise"] = judge_pairs(runs[0], run, judge)
         write_json(run.folder / "scores.json", run.report)
     say(report_text(runs, args.markdown))
     if args.plot:
         say("\n" + draw(runs))
     for run in runs if judge else []:
-        name = f"judge-{judge_slug(args.judge)}.jsonl"
+        name = f"judge-{judge.slug}.jsonl"
         if not run.report["judges"][name]["n_scored"]:
             raise JudgeError(f"{args.judge} gave no score that can be read; its replies are in {run.folder / name}")
 
@@ -1346,11 +1310,12 @@ def ask(folder: Path, text: str, device: str) -> None:
     model, tokenizer = load_model(str(folder), device)
     while True:
         try:
-            instruction = text or input("> " if sys.stdin.isatty() else "")
-        except EOFError:
+            instruction = text or input("> " if sys.stdin and sys.stdin.isatty() else "")
+        except (EOFError, RuntimeError):  # a standard input that is closed is a RuntimeError
             return
         prompt = tokenizer.encode_ordinary(format_prompt({"instruction": instruction, "input": ""}, template))
-        say(decode(tokenizer, generate(model, [prompt], model.config.block_size, eos_id=tokenizer.eot_token)[0]).strip())
+        answer = generate(model, [prompt], model.config.block_size, eos_id=tokenizer.eot_token)[0]
+        say(decode(tokenizer, answer).strip())
         if text:
             return
 
@@ -1366,12 +1331,15 @@ def main(argv=None) -> int:
     except BrokenPipeError:  # the reader has gone (`| head`); scores.json holds everything
         return 0
     except KeyboardInterrupt:
-        print("\ninterrupted: what is answered and judged is kept; the same command goes on from there", file=sys.stderr)
+        print("\ninterrupted: what is answered and judged is kept; the same command goes on from there",
+              file=sys.stderr)
         return 130
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        if not isinstance(error, (ValueError, OSError, JudgeError)) and not is_out_of_memory(error):
+        full = is_out_of_memory(error)
+        if isinstance(error, RuntimeError) and not isinstance(error, JudgeError) and not full:
             raise
-        print(f"error: {'out of memory: ' * is_out_of_memory(error)}{harmless(' '.join(str(error).split()))}", file=sys.stderr)
+        message = "out of memory: " * full + " ".join(str(error).split())
+        print(f"error: {harmless(message)}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
 
 
