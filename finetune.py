@@ -38,6 +38,7 @@ import tempfile
 import threading
 import time
 import warnings
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -49,11 +50,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from data import (IGNORE_INDEX, INSTRUCTIONS, RESPONSES, TEMPLATES, batches, collate, data_file, encode_examples, format_prompt,
-                  load_examples, load_tokenizer, prompt_weight, reshape_example, sample_order, save_tokenizer, select_examples,
-                  split_examples, split_stages, token_weights)
+from data import (INSTRUCTIONS, RESPONSES, TEMPLATES, batches, collate, data_file, encode_examples, format_prompt,
+                  load_examples, load_tokenizer, prompt_weight, reshape_example, sample_order, save_tokenizer,
+                  select_examples, split_examples, split_stages, token_weights)
 from evaluate import (drawable, eval_mode, exact_match, example_nlls, first_token_entropies, generate_responses,
                       instruction_following_difficulty, plot_losses, read_records, sparkline, write_records)
 from freeze import FreezeError, freeze, whole
@@ -62,8 +64,9 @@ from lora import add_lora, load_lora, save_lora
 
 try:
     import fcntl
-except ImportError:  # Windows: run folders are not locked there
-    fcntl = None
+    import resource
+except ImportError:  # Windows: run folders are not locked there, and memory is not measured
+    fcntl = resource = None
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 HEAD_ROWS = 1024  # positions whose logits exist at one time
@@ -85,18 +88,23 @@ class Machine(NamedTuple):
     rank: int = 0
     world: int = 1
 
+    def autocast(self):
+        """A context in which matrix products have this dtype."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
 
 @dataclass
 class Data:
-    """What a run learns from, and is tested on."""
+    """What a run learns from, and what it is tested on."""
     train: list  # of Encoded
     positions: list[int]  # of the training examples in the file
     stages: list[list[int]]  # indices into train, in the order in which the stages are learned
     val: list  # of Encoded
-    test: list[dict]  # records, to be answered
+    test: list[dict]  # records to be answered
     account: dict  # run.json's "data"
-    long_test: list[dict] = field(default_factory=list)  # with adaptive instructions: the test records with the long one,
-    short_val: list[dict] = field(default_factory=list)  # and the validation records with the short one
+    # With adaptive instructions: the test records with the long one, the validation records with the short one.
+    long_test: list[dict] = field(default_factory=list)
+    short_val: list[dict] = field(default_factory=list)
     prefix: "Prefix | None" = None  # with --cache-prefix: what the frozen blocks give for train and val
 
 
@@ -125,7 +133,7 @@ def auto(parse):
 
 
 def given(text):
-    """An argparse type: text. An empty one comes from a shell variable that was never set, and would mean the default."""
+    """An argparse type: text. Empty, from a shell variable that was never set, it would be taken for the default."""
     if not text or "\0" in text:
         raise argparse.ArgumentTypeError("must not be empty" if not text else "holds a NUL character")
     return text
@@ -148,74 +156,84 @@ def parse_args(argv=None):
         epilog="auto: models below 10 M parameters take lr 3e-4, 3 epochs, batches of 16; larger ones lr 5e-5, "
                "2 epochs, batches of 8 (the book's). Adapters learn at ten times the rate of full weights: --lr is the "
                "rate of the full weights, or of the adapters where nothing else trains.")
-    parser.error = lambda message: sys.exit(complain(f"{message} (see --help)") or 2)
+    parser.error = lambda message: sys.exit(complain(f"{message} (see --help)", code=2))
 
-    group = parser.add_argument_group("what")
-    group.add_argument("--model", type=given, default="tiny", help="a model folder, a run folder, or tiny (embedded, the default), gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2 (downloaded once)")
-    group.add_argument("--data", type=given, default="tiny", help="a file of records, or tiny (embedded, the default), book, alpaca (downloaded once)")
-    group.add_argument("--out", type=lambda text: Path(given(text)), help="run folder to write (default: runs/MODEL-POLICY)")
+    add = parser.add_argument_group("what").add_argument
+    add("--model", type=given, default="tiny",
+        help="a model folder, a run folder, or tiny (embedded, the default), gpt2, gpt2-medium, gpt2-large, gpt2-xl, "
+             "distilgpt2 (downloaded once)")
+    add("--data", type=given, default="tiny",
+        help="a file of records, or tiny (embedded, the default), book, alpaca (downloaded once)")
+    add("--out", type=lambda text: Path(given(text)), help="run folder to write (default: runs/MODEL-POLICY)")
 
-    group = parser.add_argument_group("which weights")
-    group.add_argument("--trainable", type=given, help="freeze policy, e.g. all, last_block, lora,norms (default: all; lora with --lora-r)")
-    group.add_argument("--lora-r", type=count, help="rank of the adapters to add (default: none)")
-    group.add_argument("--lora-alpha", type=number(float, 1e-6, 1e38), help="scale times rank (default: 2 r)")
-    group.add_argument("--lora-targets", type=given, help="suffixes or patterns of module names (default: c_attn,c_proj,c_fc)")
-    group.add_argument("--lora-dropout", type=number(float, 0, 0.99), help="on the adapters' input (default: 0)")
-    group.add_argument("--rslora", action="store_true", help="scale by alpha / sqrt(r) in place of alpha / r")
-    group.add_argument("--loraplus-ratio", type=number(float, 0, low_ok=False), help="rate of B over rate of A, LoRA+ (default: 1)")
-    group.add_argument("--untie-head", action="store_true", help="give the head its own copy of the embedding")
+    add = parser.add_argument_group("which weights").add_argument
+    add("--trainable", type=given,
+        help="freeze policy, e.g. all, last_block, lora,norms (default: all; lora with --lora-r)")
+    add("--lora-r", type=count, help="rank of the adapters to add (default: none)")
+    add("--lora-alpha", type=number(float, 1e-6, 1e38), help="scale times rank (default: 2 r)")
+    add("--lora-targets", type=given, help="suffixes or patterns of module names (default: c_attn,c_proj,c_fc)")
+    add("--lora-dropout", type=number(float, 0, 0.99), help="on the adapters' input (default: 0)")
+    add("--rslora", action="store_true", help="scale by alpha / sqrt(r) in place of alpha / r")
+    add("--loraplus-ratio", type=number(float, 0, low_ok=False), help="rate of B over rate of A, LoRA+ (default: 1)")
+    add("--untie-head", action="store_true", help="give the head its own copy of the embedding")
 
-    group = parser.add_argument_group("data")
-    group.add_argument("--template", choices=list(TEMPLATES), default="alpaca", help="prompt format (default: alpaca)")
-    group.add_argument("--loss-on", type=loss_target, default="response",
-                       help="response, all, or a weight 0..1 for the prompt's tokens (default: response)")
-    group.add_argument("--max-length", type=number(int, 2), help="cut examples to so many tokens (default: block_size)")
-    group.add_argument("--max-examples", type=count, help="train on so many records of the training part (default: all)")
-    group.add_argument("--select", choices=["random", "longest", "shortest", "ifd"],
-                       help="which ones: by chance, by response length, or of largest instruction-following difficulty below 1 (default: the first)")
-    group.add_argument("--instruction", choices=[*INSTRUCTIONS, "adaptive"], default="short",
-                       help="the record's own, its long paraphrase, or the shortest that the base model finds no harder (default: short)")
-    group.add_argument("--response", choices=RESPONSES,
-                       help="answer alone, worked solution then answer, or wrong draft, correction, answer (default: the output as it is)")
-    group.add_argument("--curriculum", choices=[*CURRICULA, *("-" + c for c in CURRICULA[1:])], default="none",
-                       help="train in stages of rising difficulty; with a -, of falling: --curriculum=-length (default: none)")
-    group.add_argument("--stages", type=number(int, 2), help="of a curriculum, each of --epochs passes (default: 3)")
+    add = parser.add_argument_group("data").add_argument
+    add("--template", choices=list(TEMPLATES), default="alpaca", help="prompt format (default: alpaca)")
+    add("--loss-on", type=loss_target, default="response",
+        help="response, all, or a weight 0..1 for the prompt's tokens (default: response)")
+    add("--max-length", type=number(int, 2), help="cut examples to so many tokens (default: block_size)")
+    add("--max-examples", type=count, help="train on so many records of the training part (default: all)")
+    add("--select", choices=["random", "longest", "shortest", "ifd"],
+        help="which ones: by chance, by response length, or of largest instruction-following difficulty below 1 "
+             "(default: the first)")
+    add("--instruction", choices=[*INSTRUCTIONS, "adaptive"], default="short",
+        help="the record's own, its long paraphrase, or the shortest that the base model finds no harder "
+             "(default: short)")
+    add("--response", choices=RESPONSES,
+        help="answer alone, worked solution then answer, or wrong draft, correction, answer "
+             "(default: the output as it is)")
+    add("--curriculum", choices=[*CURRICULA, *("-" + c for c in CURRICULA[1:])], default="none",
+        help="train in stages of rising difficulty; with a -, of falling: --curriculum=-length (default: none)")
+    add("--stages", type=number(int, 2), help="of a curriculum, each of --epochs passes (default: 3)")
 
-    group = parser.add_argument_group("optimization")
-    group.add_argument("--epochs", type=auto(count), help="passes over the training part (default: auto)")
-    group.add_argument("--batch-size", type=auto(count), help="examples in a micro-batch (default: auto)")
-    group.add_argument("--grad-accum", type=count, default=1, help="micro-batches in a step (default: 1)")
-    group.add_argument("--lr", type=auto(number(float, 0, low_ok=False)), help="peak learning rate (default: auto)")
-    group.add_argument("--lr-decay", type=number(float, 0, 1, low_ok=False), default=1.0,
-                       help="factor on the rate for each block further from the head (default: 1)")
-    group.add_argument("--dropout", type=number(float, 0, 0.99), default=0.0, help="in the model (default: 0)")
-    group.add_argument("--weight-decay", type=rate, default=0.1, help="on matrices, not on biases and norms (default: 0.1)")
-    group.add_argument("--warmup", type=rate, default=0.05, help="steps, or below 1 a share of them (default: 0.05)")
-    group.add_argument("--schedule", choices=["linear", "cosine", "constant"], default="linear",
-                       help="how the rate falls to zero after the warm-up (default: linear)")
-    group.add_argument("--clip", type=rate, default=1.0, help="largest gradient norm; 0: do not clip (default: 1)")
-    group.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=123, help="of sample order, adapters and dropout (default: 123)")
-    group.add_argument("--max-steps", type=count, help="stop after so many steps")
+    add = parser.add_argument_group("optimization").add_argument
+    add("--epochs", type=auto(count), help="passes over the training part (default: auto)")
+    add("--batch-size", type=auto(count), help="examples in a micro-batch (default: auto)")
+    add("--grad-accum", type=count, default=1, help="micro-batches in a step (default: 1)")
+    add("--lr", type=auto(number(float, 0, low_ok=False)), help="peak learning rate (default: auto)")
+    add("--lr-decay", type=number(float, 0, 1, low_ok=False), default=1.0,
+        help="factor on the rate for each block further from the head (default: 1)")
+    add("--dropout", type=number(float, 0, 0.99), default=0.0, help="in the model (default: 0)")
+    add("--weight-decay", type=rate, default=0.1, help="on matrices, not on biases and norms (default: 0.1)")
+    add("--warmup", type=rate, default=0.05, help="steps, or below 1 a share of them (default: 0.05)")
+    add("--schedule", choices=["linear", "cosine", "constant"], default="linear",
+        help="how the rate falls to zero after the warm-up (default: linear)")
+    add("--clip", type=rate, default=1.0, help="largest gradient norm; 0: do not clip (default: 1)")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=123,
+        help="of sample order, adapters and dropout (default: 123)")
+    add("--max-steps", type=count, help="stop after so many steps")
 
-    group = parser.add_argument_group("machine")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    group.add_argument("--dtype", choices=["auto", *DTYPES], default="auto",
-                       help="of the matrix products; weights stay fp32 (default: auto = bf16 on GPUs that have it)")
-    group.add_argument("--compile", action="store_true", help="compile the blocks with torch.compile: slow to start, then faster")
-    group.add_argument("--cache-prefix", action="store_true",
-                       help="compute what the frozen blocks below the lowest trained one give once for each record, and keep it")
-    group.add_argument("--recompute", action="store_true",
-                       help="keep only what enters each block and compute the rest again in the backward pass: less memory, more time")
-    group.add_argument("--fsdp", action="store_true", help="with torchrun: shard weights, gradients and optimizer over the processes")
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    add("--dtype", choices=["auto", *DTYPES], default="auto",
+        help="of the matrix products; weights stay fp32 (default: auto = bf16 on GPUs that have it)")
+    add("--compile", action="store_true", help="compile the blocks with torch.compile: slow to start, then faster")
+    add("--cache-prefix", action="store_true",
+        help="compute what the frozen blocks below the lowest trained one give once for each record, and keep it")
+    add("--recompute", action="store_true",
+        help="keep only what enters each block and compute the rest again in the backward pass: "
+             "less memory, more time")
+    add("--fsdp", action="store_true", help="with torchrun: shard weights, gradients and optimizer over the processes")
 
-    group = parser.add_argument_group("output")
-    group.add_argument("--eval-every", type=count, help="validate every so many steps (default: ten times a run)")
-    group.add_argument("--eval-batches", type=count, default=20, help="batches of a validation while training (default: 20)")
-    group.add_argument("--checkpoint-every", type=count, help="write resume state every so many steps (default: only when interrupted)")
-    group.add_argument("--keep", type=count, default=2, help="checkpoints to keep (default: 2)")
-    group.add_argument("--resume", action="store_true", help="go on from the newest intact checkpoint in --out")
-    group.add_argument("--overwrite", action="store_true", help="replace the run in --out")
-    group.add_argument("--no-responses", action="store_true", help="do not answer the test prompts")
+    add = parser.add_argument_group("output").add_argument
+    add("--eval-every", type=count, help="validate every so many steps (default: ten times a run)")
+    add("--eval-batches", type=count, default=20, help="batches of a validation while training (default: 20)")
+    add("--checkpoint-every", type=count,
+        help="write resume state every so many steps (default: only when interrupted)")
+    add("--keep", type=count, default=2, help="checkpoints to keep (default: 2)")
+    add("--resume", action="store_true", help="go on from the newest intact checkpoint in --out")
+    add("--overwrite", action="store_true", help="replace the run in --out")
+    add("--no-responses", action="store_true", help="do not answer the test prompts")
     return check_flags(parser.parse_args(argv), parser)
 
 
@@ -224,7 +242,8 @@ def check_flags(args, parser):
     if args.resume and args.overwrite:
         parser.error("--resume and --overwrite exclude each other")
     if args.fsdp and args.cache_prefix:
-        parser.error("--fsdp and --cache-prefix exclude each other: a sharded block runs in all processes at once, the cache when one asks")
+        parser.error("--fsdp and --cache-prefix exclude each other: a sharded block runs in all processes at once, "
+                     "the cache when one asks")
     if 0 < args.clip < LEAST_CLIP:
         parser.error(f"--clip {args.clip:g}: must be 0 (do not clip) or at least {LEAST_CLIP:g}, or the updates vanish")
     if args.select and not args.max_examples:
@@ -234,7 +253,7 @@ def check_flags(args, parser):
     args.stages = args.stages or (1 if args.curriculum == "none" else 3)
     if args.lora_r is None:
         for name in ("lora_alpha", "lora_targets", "lora_dropout", "rslora"):
-            if getattr(args, name) is not None and getattr(args, name) is not False:
+            if getattr(args, name) is not parser.get_default(name):
                 parser.error(f"--{name.replace('_', '-')} has no effect without --lora-r")
     else:
         args.lora_alpha = args.lora_alpha or 2.0 * args.lora_r
@@ -248,12 +267,10 @@ def check_flags(args, parser):
 
 
 def keep_memory() -> None:
-    """
-    Let glibc keep what is freed. A step frees and takes again the same gigabytes, which the kernel would otherwise
-    take back, clear and hand out page by page each time. Elsewhere (musl, macOS, Windows) nothing happens.
-    """
-    # oneDNN keeps what it compiled for a shape, and memory to work in, for the last 1,024 shapes: all lengths of the data.
-    # Blocks that stay cut up what is freed around them, and the process grows. Those of one step are enough.
+    """Let glibc keep what is freed. A step frees and takes again the same gigabytes, which the kernel would otherwise
+    take back, clear and hand out page by page each time. Elsewhere (musl, macOS, Windows) nothing happens."""
+    # For each of the last 1,024 shapes, thus for all lengths of the data, oneDNN keeps what it compiled and memory
+    # to work in. Blocks that stay cut up what is freed around them, and the process grows. One step's are enough.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "24")
     os.environ.setdefault("LRU_CACHE_CAPACITY", "1")  # torch's own, on top
     try:
@@ -265,11 +282,9 @@ def keep_memory() -> None:
 
 
 def multiply_with_onednn() -> None:
-    """
-    Let oneDNN multiply fp32 matrices where the CPU has AVX-512; MKL, torch's choice, makes do with AVX2 on AMD's: half as
-    fast on Zen 5. torch hands them over only with leave to round the factors to bf16, which oneDNN takes on few CPUs (those
-    with AMX, or Arm's). There a product in which it would show says so, and all stays as it was.
-    """
+    """Let oneDNN multiply fp32 matrices where the CPU has AVX-512. torch's choice, MKL, uses only AVX2 on AMD's CPUs:
+    half as fast on Zen 5. torch hands them over only with leave to round the factors to bf16. On few CPUs (with AMX, or
+    Arm's) oneDNN makes use of it: there a product in which it would show says so, and all stays as it was."""
     matmul = torch.backends.mkldnn.matmul
     before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
     x = torch.full((256, 256), 1 + 2**-12)  # 1 in bf16
@@ -297,10 +312,11 @@ def choose_device(name: str, world: int = 1) -> torch.device:
 
 
 def join_processes(args) -> Machine:
-    """This process among those that torchrun has started, or alone."""
+    """This process among those that torchrun has started, or alone. Only the first one prints."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     if args.fsdp and world == 1:
-        raise UsageError("--fsdp: there is one process, and nothing to shard over; start several with torchrun --nproc_per_node=N finetune.py")
+        raise UsageError("--fsdp: there is one process, and nothing to shard over; start several with "
+                         "torchrun --nproc_per_node=N finetune.py")
     device = choose_device(args.device, world)
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = DTYPES["bf16" if fast else "fp32"] if args.dtype == "auto" else DTYPES[args.dtype]
@@ -311,6 +327,8 @@ def join_processes(args) -> Machine:
         torch.cuda.set_device(device)
     patience = timedelta(days=1)  # with one process that downloads; torchrun notices those that have died
     dist.init_process_group("nccl" if nccl else "gloo", timeout=patience, device_id=device if nccl else None)
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")
     return Machine(device, dtype, dist.get_rank(), world)
 
 
@@ -322,13 +340,13 @@ def wait_for_all() -> None:
 
 def leave_processes() -> None:
     """When all have come so far, this process is one alone."""
+    wait_for_all()
     if dist.is_initialized():
-        dist.barrier()
         dist.destroy_process_group()
 
 
 def in_turn(fetch):
-    """fetch() in the first process of all, then in the first of each other machine, then in the rest: what it downloads is there already."""
+    """fetch() in the first process of all, then in the first of each other machine, then in the rest, which find it."""
     mine = 0 if os.environ.get("RANK", "0") == "0" else 1 if os.environ.get("LOCAL_RANK") == "0" else 2
     for turn in range(3):
         if turn == mine:
@@ -341,17 +359,9 @@ def total_over_processes(values: list[float], device) -> list[float]:
     """Sums over all processes."""
     if not dist.is_initialized():
         return values
-    tensor = torch.tensor(values, dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(tensor)
     return tensor.tolist()
-
-
-def sum_gradients(parameters) -> None:
-    """Add up the gradients of all processes, each from its share of the global batch's summed loss. Sharded ones are added up already."""
-    if dist.is_initialized():
-        for p in parameters:
-            if p.grad is not None and not hasattr(p, "full_tensor"):
-                dist.all_reduce(p.grad)
 
 
 def shard(model, plan) -> None:
@@ -362,7 +372,7 @@ def shard(model, plan) -> None:
     mesh = init_device_mesh(model.wte.weight.device.type, (dist.get_world_size(),))
     for module in (*model.h, model):
         fully_shard(module, mesh=mesh)
-        module.set_gradient_divide_factor(1.0)  # their sum, as in sum_gradients; gloo and NCCL have it
+        module.set_gradient_divide_factor(1.0)  # their sum, as in `gradients`; gloo and NCCL have it
         module.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(model, "features")
     reshard(model)
@@ -370,7 +380,7 @@ def shard(model, plan) -> None:
 
 
 def unshard(model) -> None:
-    """Put a sharded model together, in all processes: until `reshard` each can use it alone, as if it were not sharded."""
+    """Put a sharded model together, in all processes. Until `reshard` each can use it as if it were not sharded."""
     for module in model.modules():
         if hasattr(module, "unshard"):
             module.set_reshard_after_forward(False, recurse=False)
@@ -386,7 +396,7 @@ def reshard(model) -> None:
 
 
 def cut_as(p, tensor):
-    """A tensor on p's device, and sharded if p is, whose shape it has."""
+    """A whole tensor of p's shape, on p's device and, if p is sharded, sharded alike."""
     tensor = tensor.to(p.device)
     if not hasattr(p, "full_tensor"):
         return tensor
@@ -400,7 +410,7 @@ def cut_as(p, tensor):
 
 
 def locate(model: str, above=()) -> tuple[Path, Path | None]:
-    """The model folder that --model means, and the adapter (or None) that belongs to it when it is a run; `above`: runs based on it."""
+    """The model folder that --model means, and its adapter if that is a run; `above`: the runs that are based on it."""
     run = Path(model)
     if not (run / "run.json").is_file():
         return model_folder(model), None
@@ -411,15 +421,16 @@ def locate(model: str, above=()) -> tuple[Path, Path | None]:
         origin = os.path.realpath(base)
     except (KeyError, TypeError, AttributeError, ValueError):
         raise ValueError(f"{run / 'run.json'}: not what finetune.py writes (flags.model, freeze.trainable)") from None
-    needed = needed or {"adapter" if (run / "adapter").is_dir() else "model"}
+    adapter = run / "adapter" if (run / "adapter").is_dir() else None
+    needed = needed or {"adapter" if adapter else "model"}
     if missing := [folder for folder in sorted(needed) if not (run / folder).is_dir()]:
         raise FileNotFoundError(f"{run / missing[0]}: no such folder, but the run trained what belongs there")
-    adapter = run / "adapter" if (run / "adapter").is_dir() else None
     if (run / "model").is_dir():
         return run / "model", adapter
     above = (*above, os.path.realpath(run))
     if origin in above:
-        raise ValueError(f"{run / 'run.json'}: the run names itself as its base" + ", by way of others" * (len(above) > 1))
+        others = ", by way of others" if len(above) > 1 else ""
+        raise ValueError(f"{run / 'run.json'}: the run names itself as its base{others}")
     try:
         return locate(str(base), above)[0], adapter
     except FileNotFoundError as error:
@@ -430,17 +441,18 @@ def load_model(args, folder: Path, adapter: Path | None):
     """Model and tokenizer; the run's adapter is loaded, a new one is added where --lora-r asks for it."""
     overrides = {"dropout": args.dropout} | ({"tie_word_embeddings": False} if args.untie_head else {})
     model, tokenizer = GPT.from_pretrained(folder, **overrides), load_tokenizer(folder)
+    width = model.config.n_embd
     if tokenizer.n_vocab > model.config.vocab_size:
         raise ValueError(f"{folder}: the tokenizer has {tokenizer.n_vocab} ids, the model {model.config.vocab_size}")
-    torch.manual_seed(args.seed)
-    if adapter is not None and args.lora_r is not None:
+    if adapter and args.lora_r:
         raise UsageError(f"--lora-r {args.lora_r}: {args.model} has an adapter, which is loaded and trained on; "
                          "to start a new one, merge it first (lora.py merge)")
-    if adapter is not None:
+    if args.lora_r and args.lora_r > width:
+        raise UsageError(f"--lora-r {args.lora_r}: the model is {width} wide, its matrices have no higher rank")
+    torch.manual_seed(args.seed)
+    if adapter:
         load_lora(model, adapter)
-    elif args.lora_r is not None:
-        if args.lora_r > model.config.n_embd:
-            raise UsageError(f"--lora-r {args.lora_r}: the model is {model.config.n_embd} wide, its matrices have no higher rank")
+    elif args.lora_r:
         try:
             add_lora(model, args.lora_r, args.lora_alpha, args.lora_targets.split(","), args.lora_dropout, args.rslora)
         except ValueError as error:
@@ -455,7 +467,7 @@ def is_adapter(name: str) -> bool:
 
 def is_small(model) -> bool:
     """Below 10 M parameters: such a model wants a higher rate and more epochs."""
-    return sum(p.numel() for n, p in model.named_parameters() if not is_adapter(n)) < 10_000_000
+    return sum(p.numel() for name, p in model.named_parameters() if not is_adapter(name)) < 10_000_000
 
 
 def choose_how_blocks_run(args, model, plan, machine) -> None:
@@ -464,14 +476,15 @@ def choose_how_blocks_run(args, model, plan, machine) -> None:
         try:  # something new each time, or what was compiled on an earlier day would be found
             factor = random.random()
             torch.compile(lambda x: x * factor)(torch.ones(2, device=machine.device))
-        except Exception as error:  # torch._dynamo's, torch._inductor's, triton's, the compiler's: all say the same here
+        except Exception as error:  # torch._dynamo's, torch._inductor's, triton's, the compiler's: all mean the same
             reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise UsageError(f"--compile: torch.compile does not work on this machine ({reason}); install a C++ compiler "
-                             "(on a GPU triton too), or leave the flag out") from None
+            raise UsageError(f"--compile: torch.compile does not work on this machine ({reason}); install a C++ "
+                             "compiler (on a GPU triton too), or leave the flag out") from None
         model.run_block = torch.compile(model.run_block, dynamic=True)  # one function for all blocks and lengths
     if args.recompute:
         if lowest_block(plan.eligible, model.config.n_layer) == model.config.n_layer:
-            raise UsageError(f"--recompute: under --trainable {args.trainable} the backward pass enters no block; leave the flag out")
+            raise UsageError(f"--recompute: under --trainable {args.trainable} the backward pass enters no block; "
+                             "leave the flag out")
         model.run_block = functools.partial(checkpoint, model.run_block, use_reentrant=False)
 
 
@@ -480,93 +493,95 @@ def choose_how_blocks_run(args, model, plan, machine) -> None:
 
 
 def prepare_data(args, model, tokenizer) -> Data:
-    """Load, split, reshape, encode, select, and put in the order of the curriculum; ValueError names the record that does not do."""
-    examples = load_examples(args.data)
-    train_part, val_part, test_part = split_examples(examples)
+    """Load, split, reshape, encode, select and order the records; ValueError names the record that does not do."""
+    examples, path, counts = load_examples(args.data), data_file(args.data), Counter()
+    train_part, val_part, test_part = split_examples(list(enumerate(examples)))  # of (position in the file, record)
     if not train_part:
         raise ValueError(f"{args.data}: {len(examples)} records leave none to train on: at least 2 are needed")
-    after_train, after_test = len(train_part), len(examples) - len(val_part)
-    path = data_file(args.data)
-    account = {"path": str(path), "sha256": sha256(path), "rows": len(examples), "used": 0, "dropped": 0, "truncated": 0}
     if not args.select:
         train_part = train_part[:args.max_examples]
-    train_set, kept = encode_part(args, "training", train_part, 0, model, tokenizer, account)
-    val_set, _ = encode_part(args, "validation", val_part, after_test, model, tokenizer, account)
+    train_set, kept = encode_part(args, "training", train_part, model, tokenizer, counts)
+    val_set, _ = encode_part(args, "validation", val_part, model, tokenizer, counts)
 
     ifd = lambda: instruction_following_difficulty(model, train_set, tokenizer.eot_token, args.batch_size)
     if args.select:
         chosen = select_examples(train_set, args.select, args.max_examples, args.seed, ifd)
         if not chosen:
             raise ValueError(f"--select ifd: no record of {args.data} has a difficulty below 1")
-        account["used"] -= len(train_set) - len(chosen)
         train_set, kept = [train_set[i] for i in chosen], [kept[i] for i in chosen]
     stages = order_by_difficulty(args, train_set, kept, [examples[i].get("level") for i in kept], ifd)
 
-    adaptive = args.instruction == "adaptive"
-    test = reshape_all(args, test_part, INSTRUCTIONS[0] if adaptive else args.instruction, after_train)
-    data = Data(train_set, kept, stages, val_set, test, account)
-    if adaptive:
-        data.long_test = reshape_all(args, test_part, INSTRUCTIONS[1], after_train)
-        data.short_val = reshape_all(args, val_part, INSTRUCTIONS[0], after_test)
-    return data
+    account = {"path": str(path), "sha256": sha256(path), "rows": len(examples), "used": len(train_set) + len(val_set),
+               "dropped": counts["dropped"], "truncated": counts["truncated"]}
+    if args.instruction != "adaptive":
+        return Data(train_set, kept, stages, val_set, reshape_all(args, test_part, args.instruction), account)
+    short, long = INSTRUCTIONS
+    return Data(train_set, kept, stages, val_set, reshape_all(args, test_part, short), account,
+                long_test=reshape_all(args, test_part, long), short_val=reshape_all(args, val_part, short))
 
 
 def order_by_difficulty(args, train_set, kept, levels, ifd) -> list[list[int]]:
-    """The stages of --curriculum as lists of indices into train_set; one stage of all without it."""
+    """The stages of --curriculum as lists of indices into train_set; without it one stage of all."""
     if len(train_set) < args.stages:
         raise UsageError(f"--stages {args.stages}: there are only {len(train_set)} training examples")
     kind = args.curriculum.removeprefix("-")
-    unleveled = [i + 1 for i, level in zip(kept, levels) if type(level) not in (int, float) or not -math.inf < level < math.inf]
-    if kind == "level" and unleveled:
-        raise ValueError(f"{args.data}: record {unleveled[0]} has no number under 'level', which --curriculum level needs")
-    difficulty = {"none": lambda: [0] * len(kept), "length": lambda: [len(e.ids) for e in train_set], "level": lambda: levels,
-                  "ifd": ifd, "random": lambda: [random.Random(f"{args.seed}/{i}").random() for i in kept]}[kind]()
+    for i, level in zip(kept, levels):
+        if kind == "level" and not (type(level) in (int, float) and -math.inf < level < math.inf):
+            raise ValueError(f"{args.data}: record {i + 1} has no number under 'level', which --curriculum level needs")
+    difficulty = ifd() if kind == "ifd" else {
+        "none": [0] * len(kept), "length": [len(e.ids) for e in train_set], "level": levels,
+        "random": [random.Random(f"{args.seed}/{i}").random() for i in kept]}[kind]
     return split_stages(difficulty, args.stages, args.curriculum.startswith("-"), args.seed)
 
 
-def encode_part(args, label, part, start, model, tokenizer, account):
-    """
-    (examples as Encoded, their positions in the file) of the records from position `start` on, dropped and cut
-    ones noted and counted. With adaptive instructions each record takes the shortest with which the model,
-    not yet tuned, finds the response no harder than with the best one.
-    """
+def encode_part(args, label, part, model, tokenizer, counts):
+    """The (position, record) pairs of a part as (list of Encoded, their positions), noting what is dropped or cut."""
     if not part:
         return [], []
-    encode = lambda records: encode_examples(records, tokenizer, args.template, args.max_length)
     if args.instruction == "adaptive":
-        variants, losses = [reshape_all(args, part, kind, start) for kind in INSTRUCTIONS], []
-        for records in variants:
-            encoded, report = encode(records)
-            nlls = dict(zip(report["kept"], example_nlls(model, encoded, args.batch_size)))
-            losses.append([nlls[i][0] / nlls[i][1] if i in nlls else math.inf for i in range(len(part))])
-        pick = [next(k for k, loss in enumerate(row) if loss <= min(row) + TAU) for row in zip(*losses)]
-        say(f"note     of {len(part)} {label} records {sum(pick)} take the long instruction")
-        records = [variants[k][i] for i, k in enumerate(pick)]
+        records = shortest_instructions(args, label, part, model, tokenizer)
     else:
-        records = reshape_all(args, part, args.instruction, start)
+        records = reshape_all(args, part, args.instruction)
+    encoded, report = encode(args, label, records, tokenizer)
+    for what, reason in (("dropped", "nothing of the response is left within --max-length"),
+                         ("truncated", "longer than --max-length"),
+                         ("special_text", "a control token is spelled in them and stays text")):
+        counts[what] += len(report[what])
+        if report[what]:
+            first, _ = part[report[what][0]]
+            say(f"note     {len(report[what])} {label} records {what.replace('_', ' ')}: {reason}; "
+                f"the first is record {first + 1}")
+    return encoded, [part[i][0] for i in report["kept"]]
+
+
+def shortest_instructions(args, label, part, model, tokenizer) -> list[dict]:
+    """Each record with the shortest instruction that, to the model not yet tuned, makes the response no harder."""
+    variants, losses = [reshape_all(args, part, kind) for kind in INSTRUCTIONS], []
+    for records in variants:
+        encoded, report = encode(args, label, records, tokenizer)
+        nlls = dict(zip(report["kept"], example_nlls(model, encoded, args.batch_size)))
+        losses.append([nlls[i][0] / nlls[i][1] if i in nlls else math.inf for i in range(len(part))])
+    pick = [next(k for k, loss in enumerate(row) if loss <= min(row) + TAU) for row in zip(*losses)]
+    say(f"note     of {len(part)} {label} records {sum(pick)} take the long instruction")
+    return [variants[k][i] for i, k in enumerate(pick)]
+
+
+def encode(args, label, records, tokenizer):
+    """encode_examples with the flags; its error names the file and a remedy."""
     try:
-        encoded, report = encode(records)
+        return encode_examples(records, tokenizer, args.template, args.max_length)
     except ValueError as error:
         raise ValueError(f"{args.data}: {label} records: {error}; raise --max-length, or shorten the records") from None
-    for what, reason in (("dropped", "nothing of the response is left within --max-length"), ("truncated", "longer than --max-length"),
-                         ("special_text", "a control token is spelled in them and stays text")):
-        if report[what]:
-            say(f"note     {len(report[what])} {label} records {what.replace('_', ' ')}: {reason}; "
-                f"the first is record {start + report[what][0] + 1}")
-    account["used"] += len(encoded)
-    account["dropped"] += len(report["dropped"])
-    account["truncated"] += len(report["truncated"])
-    return encoded, [start + i for i in report["kept"]]
 
 
-def reshape_all(args, part, instruction, start) -> list[dict]:
-    """Records with the instruction and response that the flags ask for; ValueError names the record without them."""
+def reshape_all(args, part, instruction) -> list[dict]:
+    """A part's records with the instruction and response asked for; ValueError names the record without them."""
     shaped = []
-    for i, example in enumerate(part):
+    for position, example in part:
         try:
             shaped.append(reshape_example(example, instruction, args.response))
         except ValueError as error:
-            raise ValueError(f"{args.data}: record {start + i + 1}: {error}") from None
+            raise ValueError(f"{args.data}: record {position + 1}: {error}") from None
     return shaped
 
 
@@ -581,13 +596,11 @@ def sha256(path: Path) -> str:
 
 
 class Prefix:
-    """
-    What enters block `layer`, below which all is frozen, for each of `records`: computed when it is first asked for and
-    kept, in memory up to PREFIX_BYTES, then in a nameless file in `folder`.
+    """What enters block `layer`, below which all is frozen, for each of `records`: computed when it is first asked for
+    and kept, in memory up to PREFIX_BYTES, then in a nameless file in `folder`.
 
     The last bits of a matrix product depend on what else is in the batch. So records are computed in fixed groups, of
-    neighbours in length, whichever batch asks: all epochs, in any order, resumed or not, find the same bits.
-    """
+    neighbours in length, whichever batch asks: all epochs, in any order, resumed or not, find the same bits."""
 
     def __init__(self, model, layer: int, records: list, group_size: int, machine: Machine, folder: Path):
         self.model, self.layer, self.machine, self.folder = model, layer, machine, folder
@@ -597,43 +610,46 @@ class Prefix:
         self.kept, self.bytes, self.file = {}, 0, None  # id(record) -> (T, C) in memory, or its position in the file
 
     def __call__(self, batch: list) -> Tensor:
-        """(B, T, C) for some of the records, rows padded with their last position: nothing looks at it."""
+        """(B, T, C) for some of the records, rows padded with zeros: nothing looks at them."""
         for e in batch:
             if id(e) not in self.kept:
                 self.compute(self.group[id(e)])
-        width = max(len(e.ids) for e in batch) - 1
-        hidden = torch.empty(len(batch), width, self.model.config.n_embd)
-        for row, e in zip(hidden, batch):
-            T, kept = len(e.ids) - 1, self.kept[id(e)]
-            if isinstance(kept, Tensor):
-                row[:T] = kept
-            else:
-                self.file.seek(kept)
-                if self.file.readinto(as_bytes(row[:T])) < row[:T].nbytes:
-                    raise OSError(f"--cache-prefix: the cache in {self.folder} was cut short")
-            row[T:] = row[T - 1]
-        return hidden.to(self.machine.device)
+        return pad_sequence([self.read(e) for e in batch], batch_first=True).to(self.machine.device)
 
     @torch.no_grad()
     def compute(self, group: list) -> None:
         """Run the frozen blocks, which are in eval mode, on a group and keep what they give."""
-        device, dtype = self.machine.device, self.machine.dtype
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            hidden = self.model.hidden_states(collate(group)[0].to(device), self.layer).float().cpu()  # (B, T, C)
+        inputs = collate(group)[0].to(self.machine.device)
+        with self.machine.autocast():
+            hidden = self.model.hidden_states(inputs, self.layer).float().cpu()  # (B, T, C)
         for e, row in zip(group, hidden):
             row = row[:len(e.ids) - 1].clone()
             if self.bytes + row.nbytes <= PREFIX_BYTES:
                 self.kept[id(e)], self.bytes = row, self.bytes + row.nbytes
-                continue
-            try:
-                self.file = self.file or tempfile.TemporaryFile(dir=self.folder, buffering=0)
-                position = self.file.seek(0, os.SEEK_END)
-                if self.file.write(as_bytes(row)) < row.nbytes:
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            except OSError as error:
-                raise OSError(f"--cache-prefix: what does not fit into memory could not be written to {self.folder} "
-                              f"({error.strerror}); make room there, or leave the flag out") from None
-            self.kept[id(e)] = position
+            else:
+                self.kept[id(e)] = self.write(row)
+
+    def write(self, row: Tensor) -> int:
+        """Append to the file; returns the position."""
+        try:
+            self.file = self.file or tempfile.TemporaryFile(dir=self.folder, buffering=0)
+            position = self.file.seek(0, os.SEEK_END)
+            if self.file.write(as_bytes(row)) < row.nbytes:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise OSError(f"--cache-prefix: what does not fit into memory could not be written to {self.folder} "
+                          f"({error.strerror}); make room there, or leave the flag out") from None
+        return position
+
+    def read(self, e) -> Tensor:
+        """(T, C) of a record, from memory or the file."""
+        if isinstance(kept := self.kept[id(e)], Tensor):
+            return kept
+        row = torch.empty(len(e.ids) - 1, self.model.config.n_embd)
+        self.file.seek(kept)
+        if self.file.readinto(as_bytes(row)) < row.nbytes:
+            raise OSError(f"--cache-prefix: the cache in {self.folder} was cut short")
+        return row
 
 
 def as_bytes(tensor: Tensor):
@@ -642,11 +658,13 @@ def as_bytes(tensor: Tensor):
 
 
 def prepare_prefix(args, model, plan, data, machine) -> Prefix | None:
-    """For --cache-prefix: the cache below the lowest block that trains at any time of the run; UsageError if there is no such part."""
+    """For --cache-prefix: the cache below the lowest block that trains at any time; UsageError if there is none."""
     if not args.cache_prefix:
         return None
     n_layer, epochs = model.config.n_layer, args.epochs * len(data.stages)
-    names = plan.eligible if "lisa:" in args.trainable else set().union(*(plan.due(epoch, 0) for epoch in range(epochs)))
+    names = plan.eligible
+    if "lisa:" not in args.trainable:  # which draws at any step; what else changes does so with the epochs
+        names = set().union(*(plan.due(epoch, 0) for epoch in range(epochs)))
     layer = lowest_block(names, n_layer)
     if layer == 0:
         first = min(names, key=lambda name: (block_of(name, n_layer), name))
@@ -655,19 +673,17 @@ def prepare_prefix(args, model, plan, data, machine) -> Prefix | None:
     return Prefix(model, layer, data.train + data.val, args.batch_size, machine, args.out)
 
 
-def loss_sum(model, batch, loss_on, machine, prefix: Prefix | None = None):
-    """
-    Summed cross-entropy (nats) over the supervised tokens of a batch, and their total weight. The head is
-    applied only where a loss is wanted: most positions of an instruction are prompt.
-    """
-    inputs, targets = collate(batch, loss_on)  # (B, T) each
-    weights = token_weights(batch, loss_on).flatten()
+def loss_sum(model, batch, loss_on, machine, prefix=None) -> tuple[Tensor, float]:
+    """Summed cross-entropy (nats) over the supervised tokens of a batch, and their total weight. The head is applied
+    only where a loss is wanted: most positions of an instruction are prompt."""
+    inputs, targets = collate(batch, "all")  # (B, T) each
+    weights = token_weights(batch, loss_on).flatten()  # (B T,)
     n = float(weights.sum())  # before they are on the GPU: asking it would hold up the backward pass
-    wanted = (targets.flatten() != IGNORE_INDEX).nonzero()[:, 0]  # (N,)
+    wanted = weights.nonzero()[:, 0]  # (N,)
+    hidden, first = (prefix(batch), prefix.layer) if prefix else (None, 0)
     device = machine.device
-    known = {"hidden": prefix(batch), "first": prefix.layer} if prefix else {}
-    with torch.autocast(device.type, machine.dtype, enabled=machine.dtype != torch.float32):
-        hidden = model.features(inputs.to(device), wanted=wanted.to(device), **known)  # (N, C)
+    with machine.autocast():
+        hidden = model.features(inputs.to(device), wanted=wanted.to(device), hidden=hidden, first=first)  # (N, C)
         targets, weights = targets.flatten()[wanted].to(device), weights[wanted].to(device)
         token_losses = lambda h, t: F.cross_entropy(model.lm_head(h).float(), t, reduction="none")
         if len(wanted) <= HEAD_ROWS:
@@ -679,9 +695,9 @@ def loss_sum(model, batch, loss_on, machine, prefix: Prefix | None = None):
     return sum(loss @ w for loss, w in zip(losses, weights.split(HEAD_ROWS))), n
 
 
-def mean_loss(model, encoded, batch_size, loss_on, machine, limit=None, prefix: Prefix | None = None) -> float | None:
+def mean_loss(model, encoded, batch_size, loss_on, machine, limit=None, prefix=None) -> float | None:
     """Loss per supervised token over a data part (at most `limit` batches of it); None for an empty part."""
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].ids))
+    order = sorted(encoded, key=lambda e: len(e.ids))
     chunks = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
     if limit:
         chunks = chunks[::math.ceil(len(chunks) / limit) or 1]  # spread over the lengths
@@ -689,7 +705,7 @@ def mean_loss(model, encoded, batch_size, loss_on, machine, limit=None, prefix: 
     with eval_mode(model):
         for first in range(0, len(chunks), machine.world):  # each process as often: a sharded model needs them all
             mine = first + machine.rank
-            loss, n = loss_sum(model, [encoded[i] for i in chunks[min(mine, len(chunks) - 1)]], loss_on, machine, prefix)
+            loss, n = loss_sum(model, chunks[min(mine, len(chunks) - 1)], loss_on, machine, prefix)
             if mine < len(chunks):
                 total, count = total + float(loss), count + n
     reshard(model)
@@ -707,8 +723,9 @@ def rate_at(step: int, total: int, warmup: int, schedule: str) -> float:
 
 def block_of(name: str, n_layer: int) -> int:
     """The block that a parameter belongs to: -1 for the embeddings, n_layer for ln_f and the head."""
-    block = re.search(r"(?:^|\.)h\.(\d+)\.", name)
-    return int(block[1]) if block else -1 if name.startswith(("wte.", "wpe.")) else n_layer
+    if block := re.search(r"(?:^|\.)h\.(\d+)\.", name):
+        return int(block[1])
+    return -1 if name.startswith(("wte.", "wpe.")) else n_layer
 
 
 def lowest_block(names, n_layer: int) -> int:
@@ -721,14 +738,25 @@ def depth_factor(name: str, n_layer: int, decay: float) -> float:
     return decay ** max(0, n_layer - 1 - block_of(name, n_layer))
 
 
-def build_optimizer(model, plan, lr, adapter_lr, loraplus_ratio, weight_decay, lr_decay=1.0):
+def only_adapters(plan) -> bool:
+    """Whether all that trains belongs to adapters."""
+    return all(map(is_adapter, plan.eligible))
+
+
+def adapter_lr(args, plan) -> float:
+    """--lr where only adapters train; ten times that where full weights train beside them."""
+    return args.lr if only_adapters(plan) else 10 * args.lr
+
+
+def build_optimizer(model, plan, args):
     """AdamW over exactly plan.parameters(), in groups by learning rate and weight decay."""
-    groups, eligible = {}, set(plan.eligible)
-    for name, p in model.named_parameters():
-        if name in eligible:
-            rate = adapter_lr * (loraplus_ratio if ".lora_B." in name else 1) if is_adapter(name) else lr
-            rate *= depth_factor(name, model.config.n_layer, lr_decay)
-            groups.setdefault((rate, weight_decay if p.dim() > 1 else 0.0), []).append(p)
+    groups = {}
+    for name, p in plan.named.items():
+        if name in plan.eligible:
+            rate = adapter_lr(args, plan) if is_adapter(name) else args.lr
+            rate *= (args.loraplus_ratio or 1.0) if ".lora_B." in name else 1
+            rate *= depth_factor(name, model.config.n_layer, args.lr_decay)
+            groups.setdefault((rate, args.weight_decay if p.dim() > 1 else 0.0), []).append(p)
     return torch.optim.AdamW([{"params": params, "lr": rate, "peak": rate, "weight_decay": decay}
                               for (rate, decay), params in groups.items()], fused=True)
 
@@ -741,103 +769,91 @@ def prepare_plan(args, model, train_set):
         plan = freeze(model, args.trainable, batches=probe, seed=args.seed)
     except ValueError as error:
         raise UsageError(f"--trainable {args.trainable}: {error}") from None
-    adapters = [n for n in plan.eligible if is_adapter(n)]
     for flag, value in (("--lora-r", args.lora_r), ("--loraplus-ratio", args.loraplus_ratio)):
-        if value is not None and not adapters:
+        if value is not None and not any(map(is_adapter, plan.eligible)):
             raise UsageError(f"{flag} {value:g}: no adapter trains under --trainable {args.trainable}; add lora to it")
-    alone = len(adapters) == len(plan.eligible)
-    args.lr = args.lr or (3e-4 if is_small(model) else 5e-5) * (10 if alone else 1)
+    args.lr = args.lr or (3e-4 if is_small(model) else 5e-5) * (10 if only_adapters(plan) else 1)
     if args.fsdp:
         shard(model, plan)
     plan.set_modes(model.train())
     plan.check_model(model)
-    optimizer = build_optimizer(model, plan, args.lr, adapter_lr(args, plan), args.loraplus_ratio or 1.0,
-                                args.weight_decay, args.lr_decay)
+    optimizer = build_optimizer(model, plan, args)
     plan.check_optimizer(optimizer)
-    tied = model.lm_head.weight is model.wte.weight
-    # The head's gradient of a tied embedding has all rows. The lookup's is put into the few it has, in place of adding two of that size.
-    model.wte.sparse = tied and model.wte.weight.device.type == "cpu" and not args.fsdp
     if (least := min(group["peak"] for group in optimizer.param_groups)) < LEAST_RATE:
-        raise UsageError(f"--lr {args.lr:g} with --lr-decay {args.lr_decay:g} and --loraplus-ratio {args.loraplus_ratio or 1:g} makes a "
-                         f"learning rate of {least:g}, with which nothing moves: it must be at least {LEAST_RATE:g}")
+        raise UsageError(f"--lr {args.lr:g} with --lr-decay {args.lr_decay:g} and --loraplus-ratio "
+                         f"{args.loraplus_ratio or 1:g} makes a learning rate of {least:g}, with which nothing moves: "
+                         f"it must be at least {LEAST_RATE:g}")
+    tied = model.lm_head.weight is model.wte.weight
+    # The gradient that a tied embedding gets from the head has all rows, the lookup's only a few. Adding these few
+    # to it is cheaper than adding two of full size.
+    model.wte.sparse = tied and model.wte.weight.device.type == "cpu" and not args.fsdp
     return plan, optimizer
-
-
-def adapter_lr(args, plan) -> float:
-    """--lr where only adapters train; ten times that where full weights train beside them."""
-    return args.lr if all(map(is_adapter, plan.eligible)) else 10 * args.lr
 
 
 # ---------------------------------------------------------------------------------------------
 # checkpoints: state.safetensors (what trains, AdamW's moments) and manifest.json, renamed into place together
 
-UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # network file systems may have no locks, or no sync of folders
-SETTINGS = ("out", "resume", "overwrite", "eval_every", "eval_batches", "checkpoint_every", "keep", "no_responses", "device", "recompute")
+# Network file systems may have no locks, or no sync of folders.
+UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+# The flags that a resumed run may change.
+SETTINGS = ("out", "resume", "overwrite", "eval_every", "eval_batches", "checkpoint_every", "keep", "no_responses",
+            "device", "recompute")
 
 
-def fingerprint(args, model, data) -> dict:
-    """What a resumed run must have in common with the interrupted one: flags, data as file and as ids, configurations, processes."""
+def fingerprint(args, machine, model, data) -> dict:
+    """What a resumed run must have in common with the interrupted one."""
     ids = hashlib.sha256(repr(data.stages).encode())
     for example in data.train + data.val:
         ids.update(repr(example).encode())
+    adapters = {name: repr(module.configs) for name, module in model.named_modules() if hasattr(module, "configs")}
     return ({key: value for key, value in vars(args).items() if key not in SETTINGS}
             | {f"model {key}": value for key, value in asdict(model.config).items()}
-            | {f"adapter {name}": repr(module.configs) for name, module in model.named_modules() if hasattr(module, "configs")}
-            | {"data sha256": data.account["sha256"], "token ids": ids.hexdigest(), "processes": int(os.environ.get("WORLD_SIZE", 1))})
+            | {f"adapter {name}": configs for name, configs in adapters.items()}
+            | {"data sha256": data.account["sha256"], "token ids": ids.hexdigest(), "processes": machine.world})
 
 
 def saved_checkpoints(out: Path) -> list[Path]:
-    """The checkpoint folders, oldest first; they are complete, for they got their names last, but may have been damaged since."""
+    """The checkpoint folders, oldest first. They got their names when complete, but may have been damaged since."""
     folders = [folder for folder in (out / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", folder.name)]
     return sorted(folders, key=lambda folder: int(folder.name[5:]))
 
 
-def sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of names, is on the disk, where it survives a power cut."""
-    if os.name == "nt":  # a folder cannot be opened there
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in UNSUPPORTED:
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def sync_all(out: Path) -> None:
-    """The same for all that a finished run has written."""
-    for path in [*out.glob("model/*"), *out.glob("adapter/*"), *out.glob("*"), out]:
-        if path.is_file() or path.is_dir():
-            sync(path)
+def sync(*paths: Path) -> None:
+    """Wait until the files' contents, and the folders' lists of names, are on the disk and survive a power cut."""
+    for path in paths if os.name != "nt" else ():  # there a folder cannot be opened
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
+        finally:
+            os.close(descriptor)
 
 
 def manifest_sha256(manifest: dict) -> str:
     """Hash of what a manifest says beside it."""
-    return hashlib.sha256(json.dumps({k: v for k, v in manifest.items() if k != "sha256"}, sort_keys=True).encode()).hexdigest()
+    text = json.dumps({key: value for key, value in manifest.items() if key != "sha256"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
-def trained_tensors(model, plan, optimizer, machine) -> dict:
-    """What trains and the optimizer's state of it, as a checkpoint names them; all processes must ask, the first one gets them."""
-    tensors, eligible = {}, set(plan.eligible)
-    for name, p in model.named_parameters():
-        if name in eligible:
-            for key, value in ({"weight": p} | optimizer.state.get(p, {})).items():
-                value = whole(value.detach())
-                if machine.rank == 0:
-                    tensors[f"{key}.{name}"] = value
+def trained_tensors(plan, optimizer, machine) -> dict:
+    """What trains, and the optimizer's state of it. All processes must ask; the first one gets them."""
+    tensors = {}
+    for name in plan.eligible:
+        p = plan.named[name]
+        for key, value in ({"weight": p} | optimizer.state.get(p, {})).items():
+            value = whole(value.detach())
+            if machine.rank == 0:
+                tensors[f"{key}.{name}"] = value
     return tensors
 
 
 def save_checkpoint(out: Path, state: dict, run: dict, tensors: dict, plan, keep: int) -> None:
-    """
-    Write checkpoints/step-N whole or not at all, then remove all but the newest `keep`. What is frozen is
-    not in it: it is read from --model again, and the digests in the proof show that it is the same.
-    """
+    """Write checkpoints/step-N whole or not at all, then remove all but the newest `keep`. What is frozen is not in it:
+    it is read from --model again, and the digests in the proof show that it is the same."""
     folder = out / "checkpoints" / f"step-{state['step']:06d}"
     temp = folder.with_suffix(".tmp")
-    size = sum(t.numel() * t.element_size() for t in tensors.values())
     try:
         for torn in folder.parent.glob("step-*.tmp"):  # a killed process left it
             shutil.rmtree(torn)
@@ -847,19 +863,18 @@ def save_checkpoint(out: Path, state: dict, run: dict, tensors: dict, plan, keep
         manifest = {"state": state, "run": run, "proof": plan.proof,
                     "files": {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)}}}
         write_json(temp / "manifest.json", manifest | {"sha256": manifest_sha256(manifest)})
-        for path in (temp / "manifest.json", temp, out / "metrics.jsonl"):
-            sync(path)
+        sync(temp / "manifest.json", temp, out / "metrics.jsonl")
         shutil.rmtree(folder, ignore_errors=True)  # damaged, or the run would not have come from before it
         os.replace(temp, folder)
-        for path in (folder.parent, out):
-            sync(path)
+        sync(folder.parent, out)
     except OSError as error:
         shutil.rmtree(temp, ignore_errors=True)
+        size = sum(tensor.nbytes for tensor in tensors.values())
         raise OSError(f"{temp}: the checkpoint of {size:,} bytes could not be written ({error.strerror or error}); "
                       f"{shutil.disk_usage(out).free:,} bytes are free, earlier checkpoints are intact") from None
     folders = saved_checkpoints(out)
     last = folders.index(folder) + 1
-    for other in folders[:max(0, last - keep)] + folders[last:]:  # later ones were found damaged when this run was resumed
+    for other in folders[:max(0, last - keep)] + folders[last:]:  # the later ones are damaged: the run passed them over
         shutil.rmtree(other)
 
 
@@ -877,39 +892,45 @@ def find_checkpoint(out: Path) -> tuple[Path, dict]:
             return folder, manifest
         except (ValueError, OSError) as error:
             say(f"note     skipped {folder}: {error}")
-    raise FileNotFoundError(f"--resume: no intact checkpoint in {out / 'checkpoints'}; start anew with --overwrite or another --out")
+    raise FileNotFoundError(f"--resume: no intact checkpoint in {out / 'checkpoints'}; "
+                            "start anew with --overwrite or another --out")
 
 
 def load_checkpoint(args, machine, run: dict, model, plan, optimizer) -> dict:
     """Put the newest intact checkpoint into model and optimizer; ValueError if it belongs to another run."""
     folder, manifest = find_checkpoint(args.out)
     then, now = manifest["run"], json.loads(json.dumps(run))
-    differ = [f"{key} was {then.get(key)!r}, is {now.get(key)!r}" for key in now | then if then.get(key) != now.get(key)]
+    differ = [f"{key} was {then.get(key)!r}, is {now.get(key)!r}"
+              for key in now | then if then.get(key) != now.get(key)]
     if differ:
         more = f"; and {len(differ) - 5} more" if len(differ) > 5 else ""
         raise ValueError(f"--resume: {folder} belongs to another run: " + "; ".join(differ[:5]) + more)
     tensors = read_safetensors(folder / "state.safetensors")
     with torch.no_grad():
-        for name, p in model.named_parameters():
-            if name in plan.eligible:
-                p.copy_(cut_as(p, tensors["weight." + name]))
-                if f"step.{name}" in tensors:
-                    optimizer.state[p] = {"step": tensors[f"step.{name}"].to(p.device)}
-                    optimizer.state[p] |= {key: cut_as(p, tensors[f"{key}.{name}"]) for key in ("exp_avg", "exp_avg_sq")}
+        for name in plan.eligible:
+            p = plan.named[name]
+            p.copy_(cut_as(p, tensors[f"weight.{name}"]))
+            if f"step.{name}" in tensors:
+                moments = {key: cut_as(p, tensors[f"{key}.{name}"]) for key in ("exp_avg", "exp_avg_sq")}
+                optimizer.state[p] = {"step": tensors[f"step.{name}"].to(p.device)} | moments
     try:
         plan.resume(model, manifest["proof"])
     except FreezeError as error:
         raise FreezeError(f"--resume: {folder}: {error}; has --model {args.model} changed since?") from None
     plan.check_optimizer(optimizer)
-    state, metrics = manifest["state"], args.out / "metrics.jsonl"
-    lines = read_records(metrics)
+    if machine.rank == 0:
+        cut_metrics(args.out / "metrics.jsonl", manifest["state"]["step"])
+    say(f"resume   from {folder}")
+    return manifest["state"]
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Remove the lines of steps after this one, which will be taken again."""
+    lines = read_records(path)
     for i, line in enumerate(lines, 1):
         if type(line.get("step")) is not int or not {"train_loss", "val_loss"} <= line.keys():
-            raise ValueError(f"{metrics}, line {i}: no step, train_loss and val_loss; repair or remove the line")
-    if machine.rank == 0:
-        write_records(metrics, [line for line in lines if line["step"] <= state["step"]])
-    say(f"resume   from {folder}")
-    return state
+            raise ValueError(f"{path}, line {i}: no step, train_loss and val_loss; repair or remove the line")
+    write_records(path, [line for line in lines if line["step"] <= step])
 
 
 @contextmanager
@@ -922,28 +943,12 @@ def naming(path: Path):
         raise
 
 
-def hold(out: Path):
-    """Make the run folder, and lock it until this process ends; OSError if that fails, or another run holds it."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if fcntl:
-            lock = open(out / ".lock", "w")
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return lock
-    except BlockingIOError:
-        raise FileExistsError(f"--out {out}: another run is writing there now; choose another") from None
-    except OSError as error:
-        if error.errno in UNSUPPORTED:
-            return say(f"note     {out} cannot be locked there: see to it that no other run writes to it")
-        raise OSError(f"--out {out}: cannot be written ({error.strerror}); choose another") from None
-
-
 # ---------------------------------------------------------------------------------------------
 # what the user sees
 
 
 def say(text="", end="\n"):
-    """Print; when the reader has gone (`| head`) or its disk is full, go on without: the run is worth more than its output."""
+    """Print; when the reader has gone (`| head`) or its disk is full, go on without: the run is worth more."""
     try:
         print(text, end=end, flush=True)
     except OSError as error:
@@ -952,14 +957,9 @@ def say(text="", end="\n"):
             print(f"note: standard output: {error.strerror}; the run goes on without it", file=sys.stderr)
 
 
-def interactive() -> bool:
-    """Whether a line can be updated in place."""
-    return sys.stdout is not None and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
-
-
 def status(line: str, keep: bool) -> None:
     """One line that updates in place on a terminal; in a log, only the lines worth keeping."""
-    if interactive():
+    if sys.stdout is not None and sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
         width = shutil.get_terminal_size().columns - 1
         say("\r" + line[:width].ljust(width), end="\n" if keep else "")
     elif keep:
@@ -977,11 +977,11 @@ def minutes(seconds: float) -> str:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: of the process at its largest, or allocated on the GPU."""
+    """Bytes: of the process at its largest, or allocated on the GPU; 0 where the system does not tell (Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource  # not on Windows
-
+    if not resource:
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -1011,11 +1011,9 @@ def draw_losses(out: Path) -> str:
 # training
 
 
-def gradients(model, batch, n, args, machine, prefix: Prefix | None = None) -> float:
-    """
-    Accumulate the gradients of a global batch's loss, the sum over supervised tokens divided by their weight
-    n; returns that loss. Every process takes its share of the batch, in micro-batches of --batch-size.
-    """
+def gradients(model, batch, n, args, machine, prefix=None) -> float:
+    """Accumulate the gradients of a global batch's loss, the sum over supervised tokens divided by their weight n;
+    returns that loss. Every process takes its share of the batch, in micro-batches of --batch-size."""
     mine, loss = batch[machine.rank::machine.world], 0.0
     for i in range(0, math.ceil(len(batch) / machine.world), args.batch_size):  # each process as often
         part = mine[i:i + args.batch_size]
@@ -1023,15 +1021,16 @@ def gradients(model, batch, n, args, machine, prefix: Prefix | None = None) -> f
         total = total / n if part else 0 * total
         total.backward()
         loss += float(total.detach())
-    sum_gradients(model.parameters())
+    if dist.is_initialized():
+        for p in model.parameters():
+            if p.grad is not None and not hasattr(p, "full_tensor"):  # those of sharded ones are added up already
+                dist.all_reduce(p.grad)
     return total_over_processes([loss], machine.device)[0]
 
 
-def take_step(model, plan, optimizer, batch, share, taken, args, machine, prefix: Prefix | None = None) -> tuple[float, float]:
-    """
-    One step on a global batch at `share` of the peak learning rates; `taken` steps went before. Returns the loss and
-    the norm of the gradients before clipping; unless both are finite, nothing has moved.
-    """
+def take_step(model, plan, optimizer, batch, share, taken, args, machine, prefix=None) -> tuple[float, float]:
+    """One step on a global batch at `share` of the peak learning rates; `taken` steps went before. Returns the loss and
+    the norm of the gradients before clipping; unless both are finite, nothing has moved."""
     n = float(token_weights(batch, args.loss_on).sum())
     loss = gradients(model, batch, n, args, machine, prefix)
     norm = float(torch.nn.utils.clip_grad_norm_(plan.parameters(), args.clip or math.inf))
@@ -1045,6 +1044,22 @@ def take_step(model, plan, optimizer, batch, share, taken, args, machine, prefix
     return loss, norm
 
 
+def count_step(state: dict, batch, loss: float, norm: float, window: int) -> None:
+    """Note a step in the run's state, with the latest `window` losses; ArithmeticError after MAX_SKIPPED in vain."""
+    state["step"] += 1
+    state["tokens"] += sum(len(e.ids) for e in batch)
+    if math.isfinite(loss) and math.isfinite(norm):
+        state["taken"] += 1
+        state["skipped in a row"] = 0
+        state["recent"] = (state["recent"] + [loss])[-window:]
+        return
+    state["skipped in a row"] += 1
+    say(f"note     step {state['step']} skipped: loss {loss}, gradient norm {norm}")
+    if state["skipped in a row"] == MAX_SKIPPED:
+        raise ArithmeticError(f"{MAX_SKIPPED} steps in a row without a finite loss and gradient, the last is "
+                              f"step {state['step']}: lower --lr or --lora-alpha, or use --dtype fp32")
+
+
 def total_steps(args, stages, world) -> int:
     """Steps of the whole run, a resumed one's earlier ones too."""
     per_step = args.batch_size * args.grad_accum * world
@@ -1052,15 +1067,15 @@ def total_steps(args, stages, world) -> int:
 
 
 def train(args, machine, model, plan, optimizer, data, state, signals, save_state) -> dict:
-    """
-    Take the steps that `state` says are left and return the run's figures, or {"stopped": signal number} if there
-    was a signal. `save_state()` writes a checkpoint of `state`, which is kept up to date here.
-    """
-    lengths = [len(e.ids) for e in data.train]
+    """Take the steps that `state` says are left and return the run's figures, or {"stopped": signal number} if there
+    was a signal. `save_state()` writes a checkpoint of `state`, which is kept up to date here."""
     per_step, total = args.batch_size * args.grad_accum * machine.world, total_steps(args, data.stages, machine.world)
+    order = sample_order([len(e.ids) for e in data.train], data.stages, per_step, args.epochs, args.seed)
     warmup = round(args.warmup if args.warmup >= 1 else args.warmup * total)
     eval_every = args.eval_every or max(1, total // 10)
     validate = lambda limit: mean_loss(model, data.val, args.batch_size, args.loss_on, machine, limit, data.prefix)
+    shown = lambda loss: "" if loss is None else f"  val loss {loss:.3f}"
+    finite = lambda value: value if math.isfinite(value) else None  # JSON has no NaN
 
     def log(**figures):
         if machine.rank == 0:
@@ -1070,51 +1085,39 @@ def train(args, machine, model, plan, optimizer, data, state, signals, save_stat
     val_loss = validate(args.eval_batches)
     if state["step"] == 0:
         log(epoch=0, train_loss=None, val_loss=val_loss, lr=0.0, tokens=0)
-    status(f"step {state['step']}/{total}" + (f"  val loss {val_loss:.3f}" if val_loss is not None else ""), keep=True)
+    status(f"step {state['step']}/{total}{shown(val_loss)}", keep=True)
     begin, before, tokens_before, validating = time.perf_counter(), state["seconds"], state["tokens"], 0.0
-    epoch = args.epochs * len(data.stages) - 1
-    for epoch, indices in itertools.islice(sample_order(lengths, data.stages, per_step, args.epochs, args.seed), state["step"], total):
+    for step, (epoch, indices) in enumerate(itertools.islice(order, total)):
+        if step < state["step"]:  # taken before the run was resumed
+            continue
         # The dropout masks too are drawn from (seed, step, process) alone.
-        torch.manual_seed(((args.seed * 1_000_003 + state["step"]) * 1_009 + machine.rank) % 2**63)
-        switched = plan.advance(epoch, state["step"])
+        torch.manual_seed(((args.seed * 1_000_003 + step) * 1_009 + machine.rank) % 2**63)
+        switched = plan.advance(epoch, step)
         plan.set_modes(model.train())
         if switched:
             plan.drop_frozen_state(optimizer)
             plan.check_model(model)
             plan.check_optimizer(optimizer)
-        batch = [data.train[i] for i in indices]
-        share = rate_at(state["step"], total, warmup, args.schedule)
+        batch, share = [data.train[i] for i in indices], rate_at(step, total, warmup, args.schedule)
         loss, norm = take_step(model, plan, optimizer, batch, share, state["taken"], args, machine, data.prefix)
-        state["step"] += 1
-        state["tokens"] += sum(len(e.ids) for e in batch)
-        finite = math.isfinite(loss) and math.isfinite(norm)
-        if finite:
-            state["taken"] += 1
-            state["skipped in a row"] = 0
-            state["recent"] = (state["recent"] + [loss])[-eval_every:]
-        else:
-            state["skipped in a row"] += 1
-            say(f"note     step {state['step']} skipped: loss {loss}, gradient norm {norm}")
-            if state["skipped in a row"] == MAX_SKIPPED:
-                raise ArithmeticError(f"{MAX_SKIPPED} steps in a row without a finite loss and gradient, the last is "
-                                      f"step {state['step']}: lower --lr or --lora-alpha, or use --dtype fp32")
+        count_step(state, batch, loss, norm, eval_every)
+        step, last = state["step"], state["step"] == total
 
-        due = state["step"] % eval_every == 0 and state["step"] < total
+        due = step % eval_every == 0 and not last
         if due:
             pause = time.perf_counter()
             val_loss = validate(args.eval_batches)
             validating += time.perf_counter() - pause
         seconds = time.perf_counter() - begin
         state["seconds"], state["rate"] = before + seconds, (state["tokens"] - tokens_before) / (seconds - validating)
-        log(epoch=epoch + 1, train_loss=loss if math.isfinite(loss) else None, val_loss=val_loss if due else None,
-            lr=optimizer.param_groups[0]["lr"], grad_norm=norm if math.isfinite(norm) else None,
-            tokens=state["tokens"], seconds=round(state["seconds"], 3), records=[data.positions[i] for i in indices])
-        shown = f"  val loss {val_loss:.3f}" if val_loss is not None else ""
-        eta = minutes(state["seconds"] / state["step"] * (total - state["step"]))
-        status(f"step {state['step']}/{total}  epoch {epoch + 1}  train loss {mean(state['recent']):.3f}{shown}  {state['rate']:,.0f} tok/s  ETA {eta}",
-               keep=due or state["step"] == total)
+        log(epoch=epoch + 1, train_loss=finite(loss), val_loss=val_loss if due else None,
+            lr=optimizer.param_groups[0]["lr"], grad_norm=finite(norm), tokens=state["tokens"],
+            seconds=round(state["seconds"], 3), records=[data.positions[i] for i in indices])
+        status(f"step {step}/{total}  epoch {epoch + 1}  train loss {mean(state['recent']):.3f}{shown(val_loss)}  "
+               f"{state['rate']:,.0f} tok/s  ETA {minutes(state['seconds'] / step * (total - step))}", keep=due or last)
+
         stop = signals.on_any_process(machine.device)
-        if stop or (args.checkpoint_every and state["step"] % args.checkpoint_every == 0 and state["step"] < total):
+        if stop or (args.checkpoint_every and step % args.checkpoint_every == 0 and not last):
             plan.check_model(model)
             plan.check_unchanged(model, trained=False)
             save_state()
@@ -1122,12 +1125,13 @@ def train(args, machine, model, plan, optimizer, data, state, signals, save_stat
             return {"stopped": stop}
     val_loss = validate(None)
     log(epoch=epoch + 1, train_loss=None, val_loss=val_loss, lr=0.0, tokens=state["tokens"])
-    return {"steps": state["step"], "train_loss": mean(state["recent"]), "val_loss": val_loss, "seconds": round(state["seconds"], 3),
-            "tokens_per_second": round(state["rate"], 1), "skipped_steps": state["step"] - state["taken"]}
+    return {"steps": state["step"], "train_loss": mean(state["recent"]), "val_loss": val_loss,
+            "seconds": round(state["seconds"], 3), "tokens_per_second": round(state["rate"], 1),
+            "skipped_steps": state["step"] - state["taken"]}
 
 
 class Signals:
-    """Inside `with`, SIGINT and SIGTERM are only noted: a step, and the writing of a checkpoint or the result, is finished first."""
+    """Inside `with`, SIGINT and SIGTERM are only noted: a step, a checkpoint or the result is finished first."""
 
     def __init__(self):
         self.noted, self.before = 0, {}
@@ -1158,39 +1162,86 @@ class Signals:
 # ---------------------------------------------------------------------------------------------
 # the run
 
+# What a run and its evaluation write; removed in this order, so that an interrupted --overwrite can be repeated.
+WRITTEN = ("run.json", "responses.jsonl", "scores.json", "loss.png", "compare.png",
+           "judge-*.jsonl", "canaries-*.jsonl", "pairwise-*.jsonl", "model", "adapter", "checkpoints", "metrics.jsonl")
 
-def check_out(out: Path, overwrite: bool, resume: bool) -> None:
+
+def check_out(args) -> None:
     """FileExistsError unless --out is free, or holds a run that may be replaced or resumed."""
-    if resume and not (out / "metrics.jsonl").exists():
+    out = args.out
+    if args.resume and not (out / "metrics.jsonl").exists():
         raise FileNotFoundError(f"--resume: no run in {out}")
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"--out {out}: a file is in the way")
     if out.is_dir() and any(path.name != ".lock" for path in out.iterdir()):
         if not any((out / name).exists() for name in ("run.json", "metrics.jsonl")):
             raise FileExistsError(f"--out {out}: the folder is not empty and holds no run; choose another")
-        if not (overwrite or resume):
+        if not (args.overwrite or args.resume):
             raise FileExistsError(f"--out {out}: holds a run; --resume goes on with it, --overwrite replaces it")
 
 
-WRITTEN = ("run.json", "responses.jsonl", "scores.json", "loss.png", "compare.png",
-           "judge-*.jsonl", "canaries-*.jsonl", "pairwise-*.jsonl", "model", "adapter", "checkpoints", "metrics.jsonl")
+def choose_out(args, adapter: Path | None) -> None:
+    """Fill in --trainable and --out, and refuse a folder that cannot be written to."""
+    args.trainable = args.trainable or ("lora" if args.lora_r or adapter else "all")
+    name = Path(args.model).resolve().name if Path(args.model).is_dir() else args.model
+    args.out = args.out or Path("runs") / re.sub(r"[^\w.,-]+", "_", f"{name}-{args.trainable}")
+    if os.path.realpath(args.out) == os.path.realpath(args.model):
+        raise UsageError(f"--out {args.out}: is the run that --model goes on from; choose another")
+    check_out(args)
 
 
-def clear_out(out: Path) -> None:
-    """Remove what an earlier run and its evaluation wrote, the mark of a run last; what others put there stays."""
-    for path in (path for name in WRITTEN for path in out.glob(name)):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+def hold(out: Path):
+    """Make the run folder and lock it; returns the lock. OSError if that fails, or another run holds it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not fcntl:
+            return None
+        lock = open(out / ".lock", "w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock
+    except BlockingIOError:
+        raise FileExistsError(f"--out {out}: another run is writing there now; choose another") from None
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise OSError(f"--out {out}: cannot be written ({error.strerror}); choose another") from None
+        say(f"note     {out} cannot be locked there: see to it that no other run writes to it")
+        return None
+
+
+def occupy(args, machine):
+    """Take --out for this run, emptied of an earlier one unless that is resumed; returns the lock. What others put
+    there stays."""
+    wait_for_all()  # every process has seen that --out is free, or resumable
+    if machine.rank > 0:
+        return None
+    lock = hold(args.out)
+    check_out(args)  # again: another run may have come and gone meanwhile
+    for name in () if args.resume else WRITTEN:
+        for path in args.out.glob(name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return lock
+
+
+def choose_sizes(args, model) -> None:
+    """Fill in --epochs, --batch-size and --max-length by the model at hand."""
+    epochs, batch_size = (3, 16) if is_small(model) else (2, 8)
+    args.epochs = args.epochs or epochs
+    args.batch_size = args.batch_size or batch_size
+    block_size = model.config.block_size
+    args.max_length = args.max_length or block_size
+    if args.max_length > block_size:
+        raise UsageError(f"--max-length {args.max_length}: the model takes at most {block_size} tokens")
 
 
 def save(args, folder, model, tokenizer, plan) -> None:
     """model/ where full weights trained, adapter/ where there is an adapter, or both."""
-    base = str(folder.resolve())
-    if not all(map(is_adapter, plan.eligible)) or args.untie_head:
-        model.save_pretrained(args.out / "model", base_only=True)
-        save_tokenizer(tokenizer, args.out / "model")
-        base = str((args.out / "model").resolve())
-    if any(is_adapter(n) for n, _ in model.named_parameters()):
-        save_lora(model, args.out / "adapter", base=base)
+    if args.untie_head or not only_adapters(plan):
+        folder = args.out / "model"
+        model.save_pretrained(folder, base_only=True)
+        save_tokenizer(tokenizer, folder)
+    if any(is_adapter(name) for name, _ in model.named_parameters()):
+        save_lora(model, args.out / "adapter", base=str(folder.resolve()))
 
 
 def encode_prompts(tokenizer, examples, template) -> list[list[int]]:
@@ -1205,80 +1256,66 @@ def answer(model, tokenizer, examples, template, limit, path=None):
 
 
 def lengthen(args, model, tokenizer, data) -> list[dict]:
-    """
-    The test records with their long instruction where the model is unsure how to begin its answer to the
-    short one: where the entropy is above the 75th percentile of the validation records.
-    """
-    unsure = lambda records: first_token_entropies(model, encode_prompts(tokenizer, records, args.template), args.batch_size)
+    """The test records with their long instruction where the model is unsure how to begin its answer to the short one:
+    where the entropy is above the 75th percentile of the validation records."""
+    unsure = lambda records: first_token_entropies(
+        model, encode_prompts(tokenizer, records, args.template), args.batch_size)
     known = sorted(unsure(data.short_val or data.test))
     threshold = known[int(0.75 * len(known))]
-    return [long if entropy > threshold else short for short, long, entropy in zip(data.test, data.long_test, unsure(data.test))]
+    pairs = zip(data.test, data.long_test, unsure(data.test))
+    return [long if entropy > threshold else short for short, long, entropy in pairs]
 
 
 def answer_test(args, model, tokenizer, data, before, limit) -> dict:
-    """Answer the test records into responses.jsonl, show some beside what was answered `before`; run.json's figures of it."""
+    """Answer the test records into responses.jsonl and show some beside what was answered `before`; the figures."""
     asked = lengthen(args, model, tokenizer, data) if args.instruction == "adaptive" else data.test
     with naming(args.out / "responses.jsonl") as path:
         responses = answer(model, tokenizer, asked, args.template, limit, path)
     for old, new in zip(before, responses):
-        say(f"\nprompt   {excerpt(old['instruction'] + ' ' + old['input'])}\nbefore   {excerpt(old['model_response'])}"
-            f"\nafter    {excerpt(new['model_response'])}")
+        say(f"\nprompt   {excerpt(old['instruction'] + ' ' + old['input'])}")
+        say(f"before   {excerpt(old['model_response'])}")
+        say(f"after    {excerpt(new['model_response'])}")
     return {"prompt_tokens": mean([len(p) for p in encode_prompts(tokenizer, asked, args.template)]),
             "exact_match": mean([r["ended"] and exact_match(r["model_response"], r["output"]) for r in responses])}
 
 
 def announce(args, machine, model, plan, data) -> None:
     """What is about to happen, in a few lines."""
-    config = model.config
-    total = sum(p.numel() for p in model.parameters())
-    say(f"model    {args.model}: {total:,} parameters, {config.n_layer} blocks of width {config.n_embd}, on {machine.device} in "
-        f"{next(n for n, d in DTYPES.items() if d == machine.dtype)}")
-    say(f"data     {args.data}: {data.account['rows']} records, {data.account['used']} to train and validate on, {len(data.test)} to test")
+    config, account = model.config, data.account
+    size = sum(p.numel() for p in model.parameters())
+    dtype = next(name for name, dtype in DTYPES.items() if dtype == machine.dtype)
+    say(f"model    {args.model}: {size:,} parameters, {config.n_layer} blocks of width {config.n_embd}, "
+        f"on {machine.device} in {dtype}")
+    say(f"data     {args.data}: {account['rows']} records, {account['used']} to train and validate on, "
+        f"{len(data.test)} to test")
     say("freeze   " + plan.summary().replace("\n", "\n         "))
-    mixed = any(map(is_adapter, plan.eligible)) and adapter_lr(args, plan) != args.lr
-    rates = f"lr {args.lr:g}" + (f", adapters {adapter_lr(args, plan):g}" if mixed else "")
-    say(f"train    {args.epochs} epochs in batches of {args.batch_size}"
-        + (f" x {args.grad_accum}" if args.grad_accum > 1 else "") + (f" x {machine.world} processes" if machine.world > 1 else "")
-        + f", {rates}, loss on {args.loss_on}")
+    accumulated = f" x {args.grad_accum}" if args.grad_accum > 1 else ""
+    processes = f" x {machine.world} processes" if machine.world > 1 else ""
+    mixed = any(map(is_adapter, plan.eligible)) and not only_adapters(plan)
+    adapters = f", adapters {adapter_lr(args, plan):g}" if mixed else ""
+    say(f"train    {args.epochs} epochs in batches of {args.batch_size}{accumulated}{processes}, "
+        f"lr {args.lr:g}{adapters}, loss on {args.loss_on}")
     if data.prefix:
         size = sum(len(e.ids) - 1 for e in data.train + data.val) * config.n_embd * 4
-        say(f"prefix   {data.prefix.layer} frozen blocks are run once for each record; what they give, {size / 2**30:.2f} GiB at most, is kept"
-            + (f", all but {PREFIX_BYTES / 2**30:g} GiB of it on the disk" if size > PREFIX_BYTES else ""))
+        disk = f", all but {PREFIX_BYTES / 2**30:g} GiB of it on the disk" if size > PREFIX_BYTES else ""
+        say(f"prefix   {data.prefix.layer} frozen blocks are run once for each record; what they give, "
+            f"{size / 2**30:.2f} GiB at most, is kept{disk}")
 
 
 def conclude(args, plan, figures, n_test, seconds) -> None:
     """What came of it."""
     val = "" if figures["val_loss"] is None else f", val loss {figures['val_loss']:.3f}"
-    say(f"\ntrained  {figures['steps']} steps in {minutes(figures['seconds'])}, {figures['tokens_per_second']:,.0f} tokens/s, "
-        f"train loss {figures['train_loss']:.3f}{val}, peak memory {figures['peak_memory_bytes'] / 2**30:.2f} GiB")
-    checks = sum(plan.checks.values())
-    changed = "have changed" if figures["steps"] - figures["skipped_steps"] > 1 else "(too few steps to ask them to have changed)"
+    say(f"\ntrained  {figures['steps']} steps in {minutes(figures['seconds'])}, "
+        f"{figures['tokens_per_second']:,.0f} tokens/s, train loss {figures['train_loss']:.3f}{val}, "
+        f"peak memory {figures['peak_memory_bytes'] / 2**30:.2f} GiB")
+    asked = figures["steps"] - figures["skipped_steps"] > 1
+    changed = "have changed" if asked else "(too few steps to ask them to have changed)"
     say(f"proved   {len(plan.frozen)} frozen tensors are bit-identical, {len(plan.eligible)} trainable ones {changed}; "
-        f"{checks} checks in {plan.seconds:.2f} s ({plan.seconds / seconds:.1%} of the run)")
+        f"{sum(plan.checks.values())} checks in {plan.seconds:.2f} s ({plan.seconds / seconds:.1%} of the run)")
     say(f"loss     {draw_losses(args.out)}")
     if figures["exact_match"] is not None:
         say(f"test     {figures['exact_match']:.1%} of {n_test} answers are exactly right")
     say(f"saved    {args.out}  ({minutes(seconds)} in all)")
-
-
-def choose_out(args, adapter: Path | None) -> None:
-    """Fill in --trainable and --out, and refuse a folder that cannot be written to."""
-    args.trainable = args.trainable or ("lora" if args.lora_r or adapter else "all")
-    name = Path(args.model).resolve().name if Path(args.model).is_dir() else args.model
-    args.out = args.out or Path("runs") / re.sub(r"[^\w.,-]+", "_", f"{name}-{args.trainable}")
-    if os.path.realpath(args.out) == os.path.realpath(args.model):
-        raise UsageError(f"--out {args.out}: is the run that --model goes on from; choose another")
-    check_out(args.out, args.overwrite, args.resume)
-
-
-def choose_sizes(args, model) -> None:
-    """Fill in --epochs, --batch-size and --max-length by the model at hand."""
-    args.epochs = args.epochs or (3 if is_small(model) else 2)
-    args.batch_size = args.batch_size or (16 if is_small(model) else 8)
-    block_size = model.config.block_size
-    args.max_length = args.max_length or block_size
-    if args.max_length > block_size:
-        raise UsageError(f"--max-length {args.max_length}: the model takes at most {block_size} tokens")
 
 
 def prove(model, plan, optimizer, state) -> None:
@@ -1286,33 +1323,36 @@ def prove(model, plan, optimizer, state) -> None:
     plan.check_model(model)
     plan.check_optimizer(optimizer)
     if not state["taken"]:
-        raise ArithmeticError(f"none of the {state['step']} steps had a finite loss and gradient, nothing is saved: lower --lr or "
-                              "--lora-alpha, or use --dtype fp32")
+        raise ArithmeticError(f"none of the {state['step']} steps had a finite loss and gradient, nothing is saved: "
+                              "lower --lr or --lora-alpha, or use --dtype fp32")
     try:
         plan.check_unchanged(model, trained=state["taken"] > 1)
-    except FreezeError:
+    except FreezeError:  # if only something trainable has not changed, a tiny rate may be to blame, not the proof
         plan.check_unchanged(model, trained=False)
         refuse_lost_updates(model, optimizer)
         raise
     for name, p in model.named_parameters():
         if not all(map(math.isfinite, whole(p.detach()).aminmax())):
-            raise ArithmeticError(f"{name} holds NaN or inf after step {state['step']}, nothing is saved: lower --lr or --weight-decay")
+            raise ArithmeticError(f"{name} holds NaN or inf after step {state['step']}, nothing is saved: "
+                                  "lower --lr or --weight-decay")
 
 
 @torch.no_grad()
 def refuse_lost_updates(model, optimizer) -> None:
-    """ArithmeticError if a quarter of AdamW's latest update, at the peak rate, would be rounded away from every value of a tensor."""
+    """ArithmeticError for a tensor whose values would all round away a quarter of AdamW's last update, at peak rate."""
     names = {p: name for name, p in model.named_parameters()}
     for group in optimizer.param_groups:
         for p in group["params"]:
-            value, moments = whole(p.detach()), {key: whole(moment) for key, moment in optimizer.state.get(p, {}).items()}
+            value = whole(p.detach())
+            state = {key: whole(tensor) for key, tensor in optimizer.state.get(p, {}).items()}
             update = torch.ones_like(value)
-            if moments:
-                first, second = (1 - beta ** float(moments["step"]) for beta in group["betas"])
-                update = moments["exp_avg"] / first / ((moments["exp_avg_sq"] / second).sqrt() + group["eps"])
+            if state:
+                first, second = (1 - beta ** float(state["step"]) for beta in group["betas"])
+                update = state["exp_avg"] / first / ((state["exp_avg_sq"] / second).sqrt() + group["eps"])
             if update.any() and bool((value + group["peak"] / 4 * update == value).all()):
-                raise ArithmeticError(f"{names[p]} did not change: at a rate of {group['peak']:g} its updates vanish beside its values, "
-                                      "nothing is saved: raise --lr (or --lr-decay, --loraplus-ratio, --clip)")
+                raise ArithmeticError(f"{names[p]} did not change: at a rate of {group['peak']:g} its updates vanish "
+                                      "beside its values, nothing is saved: raise --lr (or --lr-decay, "
+                                      "--loraplus-ratio, --clip)")
 
 
 def describe(args, plan, data, figures) -> dict:
@@ -1328,12 +1368,51 @@ def describe(args, plan, data, figures) -> dict:
     }
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed. On the CPU torch has no class for that, only these messages."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError)
+        and re.search("can't allocate memory|not enough memory|out of memory", str(error)) is not None)
+
+
+def keep_result(args, folder, model, tokenizer, plan, data, figures) -> None:
+    """Write the weights and run.json, and remove the checkpoints when that is on the disk."""
+    with naming(args.out / "model"):
+        save(args, folder, model, tokenizer, plan)
+    write_json(args.out / "run.json", describe(args, plan, data, figures))
+    written = ("run.json", "metrics.jsonl", "model", "model/*", "adapter", "adapter/*")
+    sync(*(path for name in written for path in args.out.glob(name)), args.out)
+    shutil.rmtree(args.out / "checkpoints", ignore_errors=True)
+
+
+@contextmanager
+def saying_what_does_not_fit(args, data, machine):
+    """Turn a failed allocation into a MemoryError that names the flags to lower."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        longest = max(len(e.ids) for e in data.train + data.val)
+        raise MemoryError(f"--batch-size {args.batch_size} with examples of up to {longest} tokens does not fit on "
+                          f"{machine.device}: lower --batch-size (and raise --grad-accum to keep the steps as they "
+                          "are) or --max-length, or take --recompute") from None
+
+
+def already_complete(out: Path) -> int:
+    """--resume on a finished run."""
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)  # it may have been killed before it did that itself
+    leave_processes()
+    answered = read_json(out / "run.json").get("train", {}).get("exact_match") is not None
+    left = "nothing is left to do" if answered else "but for its answers: evaluate.py gives them"
+    say(f"{out}: the run is complete, {left}")
+    return 0
+
+
 def run(args) -> int:
     """Load, freeze, prove, train, prove again, save, answer; returns the exit code."""
     started = time.perf_counter()
     machine = join_processes(args)
-    if machine.rank > 0:
-        sys.stdout = open(os.devnull, "w")
     folder, adapter = in_turn(lambda: locate(args.model))
     choose_out(args, adapter)
     if args.resume and (args.out / "run.json").exists():
@@ -1349,25 +1428,21 @@ def run(args) -> int:
     choose_how_blocks_run(args, model, plan, machine)
     data.prefix = prepare_prefix(args, model, plan, data, machine)
 
-    wait_for_all()  # every process has seen that --out is free, or resumable
-    lock = hold(args.out) if machine.rank == 0 else None  # until this function returns
-    if machine.rank == 0:
-        check_out(args.out, args.overwrite, args.resume)  # again: another run may have come and gone meanwhile
-    if machine.rank == 0 and not args.resume:
-        clear_out(args.out)
+    lock = occupy(args, machine)  # held until this function returns
     announce(args, machine, model, plan, data)
-    limit = min(model.config.block_size, 2 * max(len(e.ids) - e.n_prompt for e in data.train))
     asked = [] if args.no_responses or machine.rank > 0 else data.test
+    limit = min(model.config.block_size, 2 * max(len(e.ids) - e.n_prompt for e in data.train))
     unshard(model)
     before = answer(model, tokenizer, asked[:3], args.template, limit)
     reshard(model)
-    identity = fingerprint(args, model, data)
+
+    identity = fingerprint(args, machine, model, data)
     state = {"step": 0, "taken": 0, "skipped in a row": 0, "tokens": 0, "seconds": 0.0, "rate": 0.0, "recent": []}
     if args.resume:
         state = load_checkpoint(args, machine, identity, model, plan, optimizer)
 
     def save_state():
-        tensors = trained_tensors(model, plan, optimizer, machine)
+        tensors = trained_tensors(plan, optimizer, machine)
         if machine.rank == 0:
             save_checkpoint(args.out, state, identity, tensors, plan, args.keep)
         wait_for_all()
@@ -1385,13 +1460,11 @@ def run(args) -> int:
         if machine.rank > 0:
             return 0
         figures |= {"peak_memory_bytes": peak_memory(machine.device), "exact_match": None, "max_new_tokens": limit}
-        with naming(args.out / "model"):
-            save(args, folder, model, tokenizer, plan)
-        write_json(args.out / "run.json", describe(args, plan, data, figures))
-        sync_all(args.out)
-    shutil.rmtree(args.out / "checkpoints", ignore_errors=True)  # the run is complete, answered or not
+        keep_result(args, folder, model, tokenizer, plan, data, figures)
+
     if asked and signals.noted:
-        say(f"\nstopped before the test prompts were answered; the run is complete, and evaluate.py {args.out} answers them")
+        say("\nstopped before the test prompts were answered; the run is complete, "
+            f"and evaluate.py {args.out} answers them")
         return 128 + signals.noted
     if asked:
         figures |= answer_test(args, model, tokenizer, data, before, limit)
@@ -1400,50 +1473,21 @@ def run(args) -> int:
     return 0
 
 
-def already_complete(out: Path) -> int:
-    """--resume on a finished run."""
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)  # it may have been killed before it did that itself
-    leave_processes()
-    answered = read_json(out / "run.json").get("train", {}).get("exact_match") is not None
-    say(f"{out}: the run is complete, " + ("nothing is left to do" if answered else "but for its answers: evaluate.py gives them"))
-    return 0
-
-
-@contextmanager
-def saying_what_does_not_fit(args, data, machine):
-    """Turn a failed allocation into a MemoryError that names the flags to lower."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        longest = max(len(e.ids) for e in data.train + data.val)
-        raise MemoryError(f"--batch-size {args.batch_size} with examples of up to {longest} tokens does not fit on {machine.device}: "
-                          "lower --batch-size (and raise --grad-accum to keep the steps as they are) or --max-length, or take --recompute") from None
-
-
-def complain(message: str, wait: bool = False) -> None:
-    """
-    One line on stderr. What ends one process mostly ends all: on each machine the first of them speaks at once, the others
-    (those that `wait`) only if torchrun, which ends them all, has not done so after some seconds.
-    """
+def complain(message: str, code: int = 1, wait: bool = False) -> int:
+    """One line on stderr; returns the exit code. What ends one process mostly ends all: on each machine the first one
+    speaks at once. The others, and those that `wait`, speak only if torchrun has not ended them after some seconds."""
     if wait or int(os.environ.get("LOCAL_RANK", 0)) > 0:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         time.sleep(5)
     place = f"process {os.environ['RANK']}: " if int(os.environ.get("RANK", 0)) > 0 else ""
     print(f"error: {place}{message}", file=sys.stderr)
+    return code
 
 
 def lost_another(error: Exception) -> bool:
     """Whether the connection to another process broke, as it does when that one ends."""
-    return dist.is_initialized() and isinstance(error, RuntimeError) and re.search(
-        "Connection (closed|reset|refused)|Broken pipe|ncclRemoteError|Socket closed", str(error), re.IGNORECASE) is not None
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed. On the CPU torch has no class for that, only these messages."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and re.search("can't allocate memory|not enough memory|out of memory", str(error)) is not None)
+    broken = "Connection (closed|reset|refused)|Broken pipe|ncclRemoteError|Socket closed"
+    return dist.is_initialized() and re.search(broken, str(error), re.IGNORECASE) is not None
 
 
 def main(argv=None) -> int:
@@ -1454,19 +1498,20 @@ def main(argv=None) -> int:
     try:
         return run(args)
     except KeyboardInterrupt:
-        complain("interrupted")
-        return 130
-    except (ValueError, OSError, ArithmeticError, MemoryError, RuntimeError) as error:
+        return complain("interrupted", code=130)
+    except (ValueError, OSError, ArithmeticError) as error:
+        return complain(excerpt(str(error), 10_000), code=2 if isinstance(error, UsageError) else 1)
+    except FreezeError as error:
+        return complain(f"freeze proof broken: {excerpt(str(error), 10_000)}")
+    except (MemoryError, RuntimeError) as error:
         if lost_another(error):
-            complain("another process has ended", wait=True)
-            return 1
-        if not isinstance(error, (ValueError, OSError, ArithmeticError, FreezeError)) and not is_out_of_memory(error):
+            return complain("another process has ended", wait=True)
+        if not is_out_of_memory(error):
             raise
-        kind = "freeze proof broken: " if isinstance(error, FreezeError) else "out of memory: " if is_out_of_memory(error) else ""
-        if kind == "out of memory: " and "--batch-size" not in str(error):  # not in training, then
-            kind += f"--model {args.model} is too large for this machine. "
-        complain(kind + excerpt(str(error), 10_000))
-        return 2 if isinstance(error, UsageError) else 1
+        text = str(error)
+        if "--batch-size" not in text:  # it did not happen in training, then
+            text = f"--model {args.model} is too large for this machine. {text}"
+        return complain(f"out of memory: {excerpt(text, 10_000)}")
 
 
 if __name__ == "__main__":
