@@ -92,6 +92,11 @@ def download(url: str, path: Path, sha256: str | None = None) -> None:
         temp.unlink(missing_ok=True)
 
 
+def cache_folder() -> Path:
+    """Where downloads are kept: below HF_HOME."""
+    return Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser() / "gpt2-finetune"
+
+
 def data_file(path_or_name) -> Path:
     """The file that `--data` means; `book` and `alpaca` are downloaded into HF_HOME the first time.
 
@@ -102,8 +107,7 @@ def data_file(path_or_name) -> Path:
         source, _, sha256 = DATASETS[name]
         server = os.environ.get("DATA_ENDPOINT") or "https://raw.githubusercontent.com"
         url = f"{server.rstrip('/')}/{source}"
-        cache = os.environ.get("HF_HOME") or "~/.cache/huggingface"
-        path = Path(cache).expanduser() / "gpt2-finetune" / "data" / f"{name}.json"
+        path = cache_folder() / "data" / f"{name}.json"
         try:
             if not path.is_file():
                 download(url, path, sha256)
@@ -285,14 +289,15 @@ def load_tokenizer(name_or_folder) -> tiktoken.Encoding:
     before a folder called the same (`./gpt2` is the folder). Raises FileNotFoundError where there
     is no tokenizer, ValueError where it is broken or would not cut text as GPT-2's does.
     """
-    if str(name_or_folder) in GPT2_NAMES:
+    name = str(name_or_folder)
+    folder = cache_folder() / name if name in GPT2_NAMES else TINY / "model" if name == "tiny" else Path(name_or_folder)
+    if name in GPT2_NAMES and not (folder / "merges.txt").is_file():  # all five have the same
         try:
             return tiktoken.get_encoding("gpt2")
         except OSError as error:
             raise FileNotFoundError(
                 f"{name_or_folder}: the tokenizer cannot be fetched ({type(error).__name__}); give a folder with "
                 "vocab.json and merges.txt, or set TIKTOKEN_CACHE_DIR to a filled cache") from None
-    folder = TINY / "model" if str(name_or_folder) == "tiny" else Path(name_or_folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such model folder, nor one of the names {', '.join(('tiny', *GPT2_NAMES))}")
     try:

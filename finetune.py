@@ -204,7 +204,7 @@ def parse_args(argv=None):
     add("--lr-decay", type=number(float, 0, 1, low_ok=False), default=1.0,
         help="factor on the rate for each block further from the head (default: 1)")
     add("--dropout", type=number(float, 0, 0.99), default=0.0, help="in the model (default: 0)")
-    add("--weight-decay", type=rate, default=0.1, help="on matrices, not on biases and norms (default: 0.1)")
+    add("--weight-decay", type=rate, help="on matrices, not on biases and norms (default: 0.1)")
     add("--warmup", type=rate, default=0.05, help="steps, or below 1 a share of them (default: 0.05)")
     add("--schedule", choices=["linear", "cosine", "constant"], default="linear",
         help="how the rate falls to zero after the warm-up (default: linear)")
@@ -277,7 +277,7 @@ def keep_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return
-    mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: larger blocks go back to the kernel
+    mallopt(-3, 1 << 30) or mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD; before glibc 2.35 at most 32 MiB
     mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
@@ -288,7 +288,8 @@ def multiply_with_onednn() -> None:
     matmul = torch.backends.mkldnn.matmul
     before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
     x = torch.full((256, 256), 1 + 2**-12)  # 1 in bf16
-    if not torch.allclose(x @ x / 256, x * x, rtol=1e-6, atol=0):
+    products = x @ x, x.t() @ x, x[:8] @ x.t(), torch.bmm(x[None], x[None])
+    if not all(torch.allclose(product / 256, x[0, 0].square(), rtol=1e-6, atol=0) for product in products):
         matmul.fp32_precision = before
 
 
@@ -761,6 +762,22 @@ def build_optimizer(model, plan, args):
                               for (rate, decay), params in groups.items()], fused=True)
 
 
+def refuse_idle_flags(args, model, plan) -> None:
+    """UsageError for a flag without effect on what trains; fills in --weight-decay."""
+    train = f"under --trainable {args.trainable}"
+    if args.weight_decay and all(plan.named[name].dim() < 2 for name in plan.eligible):
+        raise UsageError(f"--weight-decay {args.weight_decay:g}: no matrix trains {train}, and nothing else decays; "
+                         "leave it out")
+    args.weight_decay = 0.1 if args.weight_decay is None else args.weight_decay
+    if args.lr_decay != 1 and all(depth_factor(name, model.config.n_layer, 0.5) == 1 for name in plan.eligible):
+        raise UsageError(f"--lr-decay {args.lr_decay:g}: {train} all lies in or above the last block, where it is 1; "
+                         "leave it out")
+    plan.set_modes(model.train())
+    if args.dropout and not any(module.training for module in model.modules() if isinstance(module, torch.nn.Dropout)):
+        raise UsageError(f"--dropout {args.dropout:g}: {train} every part that has it is frozen, and drops nothing; "
+                         "leave it out")
+
+
 def prepare_plan(args, model, train_set):
     """(plan, optimizer): freeze by the policy, both checked; fills in --lr."""
     order = batches([len(e.ids) for e in train_set], args.batch_size, args.seed, 0)
@@ -772,6 +789,7 @@ def prepare_plan(args, model, train_set):
     for flag, value in (("--lora-r", args.lora_r), ("--loraplus-ratio", args.loraplus_ratio)):
         if value is not None and not any(map(is_adapter, plan.eligible)):
             raise UsageError(f"{flag} {value:g}: no adapter trains under --trainable {args.trainable}; add lora to it")
+    refuse_idle_flags(args, model, plan)
     args.lr = args.lr or (3e-4 if is_small(model) else 5e-5) * (10 if only_adapters(plan) else 1)
     if args.fsdp:
         shard(model, plan)
@@ -1181,7 +1199,13 @@ def check_out(args) -> None:
             raise FileExistsError(f"--out {out}: holds a run; --resume goes on with it, --overwrite replaces it")
 
 
-def choose_out(args, adapter: Path | None) -> None:
+def refuse_within(out: Path, flag: str, path: Path | None) -> None:
+    """UsageError if --out holds what the run begins from, which --overwrite would remove."""
+    if path and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(out)):
+        raise UsageError(f"--out {out}: holds what {flag} goes on from ({path}); choose another")
+
+
+def choose_out(args, folder: Path, adapter: Path | None) -> None:
     """Fill in --trainable and --out, and refuse a folder that cannot be written to."""
     args.trainable = args.trainable or ("lora" if args.lora_r or adapter else "all")
     name = Path(args.model).resolve().name if Path(args.model).is_dir() else args.model
@@ -1189,6 +1213,8 @@ def choose_out(args, adapter: Path | None) -> None:
     if os.path.realpath(args.out) == os.path.realpath(args.model):
         raise UsageError(f"--out {args.out}: is the run that --model goes on from; choose another")
     check_out(args)
+    for path in (folder, adapter):
+        refuse_within(args.out, "--model", path)
 
 
 def hold(out: Path):
@@ -1238,7 +1264,7 @@ def save(args, folder, model, tokenizer, plan) -> None:
     """model/ where full weights trained, adapter/ where there is an adapter, or both."""
     if args.untie_head or not only_adapters(plan):
         folder = args.out / "model"
-        model.save_pretrained(folder, base_only=True)
+        model.save_pretrained(folder, base_only=True, eos_id=tokenizer.eot_token)
         save_tokenizer(tokenizer, folder)
     if any(is_adapter(name) for name, _ in model.named_parameters()):
         save_lora(model, args.out / "adapter", base=str(folder.resolve()))
@@ -1308,9 +1334,12 @@ def conclude(args, plan, figures, n_test, seconds) -> None:
     say(f"\ntrained  {figures['steps']} steps in {minutes(figures['seconds'])}, "
         f"{figures['tokens_per_second']:,.0f} tokens/s, train loss {figures['train_loss']:.3f}{val}, "
         f"peak memory {figures['peak_memory_bytes'] / 2**30:.2f} GiB")
-    asked = figures["steps"] - figures["skipped_steps"] > 1
-    changed = "have changed" if asked else "(too few steps to ask them to have changed)"
-    say(f"proved   {len(plan.frozen)} frozen tensors are bit-identical, {len(plan.eligible)} trainable ones {changed}; "
+    trained, changed = len(plan.changed), "have changed"
+    if figures["steps"] - figures["skipped_steps"] < 2:
+        trained, changed = len(plan.trainable), "(too few steps to ask them to have changed)"
+    elif waiting := len(plan.eligible) - trained:
+        changed += f", {waiting} of the frozen ones never had their turn"
+    say(f"proved   {len(plan.named) - trained} frozen tensors are bit-identical, {trained} trainable ones {changed}; "
         f"{sum(plan.checks.values())} checks in {plan.seconds:.2f} s ({plan.seconds / seconds:.1%} of the run)")
     say(f"loss     {draw_losses(args.out)}")
     if figures["exact_match"] is not None:
@@ -1361,7 +1390,8 @@ def describe(args, plan, data, figures) -> dict:
         "flags": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "data": data.account,
-        "freeze": {"policy": args.trainable, "trainable": plan.eligible, "frozen": plan.frozen,
+        "freeze": {"policy": args.trainable, "trainable": plan.eligible,
+                   "frozen": sorted(plan.named.keys() - set(plan.eligible)), "changed": sorted(plan.changed),
                    "trainable_parameters": sum(p.numel() for p in plan.parameters()),
                    "fingerprint": plan.fingerprint, "checks": plan.checks, "scores": plan.scores},
         "train": figures,
@@ -1413,11 +1443,13 @@ def run(args) -> int:
     """Load, freeze, prove, train, prove again, save, answer; returns the exit code."""
     started = time.perf_counter()
     machine = join_processes(args)
+    if machine.device.type == "cpu" and not args.compile:  # whose compiler asks for the setting by its old name
+        multiply_with_onednn()
     folder, adapter = in_turn(lambda: locate(args.model))
-    choose_out(args, adapter)
+    choose_out(args, folder, adapter)
     if args.resume and (args.out / "run.json").exists():
         return already_complete(args.out)
-    in_turn(lambda: data_file(args.data))
+    refuse_within(args.out, "--data", in_turn(lambda: data_file(args.data)))
     model, tokenizer = load_model(args, folder, adapter)
     model.to(machine.device)
     choose_sizes(args, model)
@@ -1494,7 +1526,7 @@ def main(argv=None) -> int:
     """Run the command line; what the user gave wrong ends in one line on stderr."""
     args = parse_args(argv)
     keep_memory()
-    multiply_with_onednn()
+    precision = torch.backends.mkldnn.matmul.fp32_precision
     try:
         return run(args)
     except KeyboardInterrupt:
@@ -1512,6 +1544,8 @@ def main(argv=None) -> int:
         if "--batch-size" not in text:  # it did not happen in training, then
             text = f"--model {args.model} is too large for this machine. {text}"
         return complain(f"out of memory: {excerpt(text, 10_000)}")
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = precision
 
 
 if __name__ == "__main__":

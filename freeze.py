@@ -379,6 +379,8 @@ class Plan:
 
     trainable, frozen   sorted names as of now; eligible: all that train at some time
     fingerprint         sha256 over names, shapes and what trains
+    changed             names seen to have changed while they trained: of a static policy, when check_unchanged has
+                        passed, all that train; of a dynamic one those that had their turn
     checks, seconds     how often each check has passed; the time that the proof has taken
     scores              {term: score of each block} of rgn:K and spectrum:K
     """
@@ -398,6 +400,7 @@ class Plan:
         self._buffers = digests(dict(model.named_buffers()))
         self._step, self._since = 0, {}  # steps done; those done when a parameter was last unfrozen
         self._idle = set()  # trained for a while, frozen again, and not changed in between
+        self.changed = set()
         self._alive = set()  # trainables whose gradient was seen to be non-zero
         self.seconds = time.perf_counter() - start
 
@@ -431,6 +434,7 @@ class Plan:
             same = {n for n in switched if now[n] == self._digests[n]}
             refuse(thawed - same, "frozen, but changed")
             self._idle |= {n for n in same - thawed if self._had_time(n, step)}
+            self.changed |= switched - thawed - same
             self._digests |= now
             self._since |= dict.fromkeys(thawed, step)
             self._switch(due)
@@ -509,12 +513,14 @@ class Plan:
             if trained:
                 idle = {n for n in same & set(self.trainable) if self._had_time(n, self._step + 1)}
                 refuse(idle | self._idle, "should have trained, but did not change")
+                self.changed |= set(self.trainable) - same
 
     @property
     def proof(self) -> dict:
         """For `resume`, JSON-able: the digest of each tensor is from when it was last frozen or unfrozen."""
         return {"policy": self.policy, "fingerprint": self.fingerprint, "trainable": list(self.trainable),
-                "digests": dict(self._digests), "step": self._step, "since": dict(self._since), "idle": sorted(self._idle)}
+                "digests": dict(self._digests), "step": self._step, "since": dict(self._since), "idle": sorted(self._idle),
+                "changed": sorted(self.changed)}
 
     def resume(self, model: nn.Module, proof: dict) -> None:
         """Go on with the `proof` of an interrupted run, whose weights `model` now has: the policy must be the same,
@@ -524,7 +530,7 @@ class Plan:
                 raise FreezeError(f"the checkpoint trained {proof['policy']!r}, which on this model is not "
                                   f"{self.policy!r}: other names, shapes or trainables")
             self._digests, self._since = dict(proof["digests"]), dict(proof["since"])
-            self._step, self._idle = proof["step"], set(proof["idle"])
+            self._step, self._idle, self.changed = proof["step"], set(proof["idle"]), set(proof["changed"])
             if self._schedule:
                 self._switch(set(proof["trainable"]))
         self.check_model(model)

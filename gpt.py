@@ -324,11 +324,12 @@ class GPT(nn.Module):
                 model.lm_head.weight.copy_(model.wte.weight)
         return model
 
-    def save_pretrained(self, folder: str | Path, base_only: bool = False) -> None:
+    def save_pretrained(self, folder: str | Path, base_only: bool = False, eos_id: int | None = None) -> None:
         """
         Write config.json and model.safetensors as transformers' GPT2LMHeadModel has them. Complete files
-        are renamed into place, config.json last. Raises ValueError if the model holds parameters that
-        GPT-2 has not (adapters that were not merged), unless `base_only` says to leave them out.
+        are renamed into place, config.json last. `eos_id` is the end token (default: the last id, as GPT-2's).
+        Raises ValueError if the model holds parameters that GPT-2 has not (adapters that were not merged),
+        unless `base_only` says to leave them out.
         """
         folder = Path(folder)
         with torch.device("meta"):  # names only
@@ -344,7 +345,7 @@ class GPT(nn.Module):
             tensors[key] = mine[name].detach().t() if _is_conv1d(name) else mine[name].detach()
         write_safetensors(folder / "model.safetensors", tensors)
         dtype = str(self.wte.weight.dtype).removeprefix("torch.")
-        write_json(folder / "config.json", hf_config(self.config, dtype))
+        write_json(folder / "config.json", hf_config(self.config, dtype, eos_id))
 
 
 def _is_conv1d(name: str) -> bool:
@@ -477,9 +478,12 @@ def model_folder(name_or_folder: str | Path) -> Path:
     if not folder.is_dir():
         names = ", ".join(["tiny", *PUBLISHED])
         raise FileNotFoundError(f"no model folder {folder} (a folder with config.json, or a name: {names})")
-    if not (folder / "config.json").is_file() and (folder / "model" / "config.json").is_file():
-        return folder / "model"  # a run folder
-    return folder
+    if (folder / "config.json").is_file():
+        return folder
+    if (folder / "adapter").is_dir():
+        base = f"give {folder / 'model'} for its base alone, or " if (folder / "model").is_dir() else ""
+        raise ValueError(f"{folder}: the run's adapter is not part of a model; {base}merge it first (lora.py merge)")
+    return folder / "model" if (folder / "model" / "config.json").is_file() else folder  # a run folder, or none
 
 
 # What the config must say for the logits to be GPT-2's; an absent key means the first value.
@@ -517,9 +521,9 @@ def read_config(path: Path, dropout: float | None = None) -> GPTConfig:
     return config
 
 
-def hf_config(config: GPTConfig, dtype: str) -> dict:
+def hf_config(config: GPTConfig, dtype: str, eos_id: int | None = None) -> dict:
     """The config.json that transformers reads as this model."""
-    eos = config.vocab_size - 1
+    eos = config.vocab_size - 1 if eos_id is None else eos_id
     return {
         "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new",
         **{key: getattr(config, field) for key, field in FIELDS.items()}, "n_ctx": config.block_size, "n_inner": None,
@@ -813,12 +817,11 @@ def parse_args(argv=None):
 def main(argv=None) -> int:
     """Print a prompt and its continuation; returns the exit code."""
     args = parse_args(argv)
-    from data import load_tokenizer
+    from evaluate import decode, load_model
 
     loaded = False
     try:
-        folder = model_folder(args.model)
-        model, tokenizer = GPT.from_pretrained(folder), load_tokenizer(folder)
+        model, tokenizer = load_model(args.model, "cpu")
         loaded, ids = True, tokenizer.encode_ordinary(args.prompt)
         new = generate(model, [ids], args.max_new_tokens, eos_id=tokenizer.eot_token, temperature=args.temperature,
                        top_k=args.top_k, top_p=args.top_p, seed=args.seed)[0]
@@ -831,7 +834,7 @@ def main(argv=None) -> int:
         print(f"error: out of memory: --model {args.model} does not fit: take a smaller one, or lower --max-new-tokens", file=sys.stderr)
         return 1
     try:
-        print(tokenizer.decode(ids + new), flush=True)
+        print(decode(tokenizer, ids + new), flush=True)
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to be flushed at exit
         if not isinstance(error, BrokenPipeError):  # else the reader has seen enough (| head)

@@ -550,11 +550,15 @@ def merge(args) -> str:
 
     out = _free(args.out)
     source = model_folder(args.base)
+    trained_on = str(read_adapter(args.adapter)[0].get("base_model_name_or_path") or "")
+    if os.path.isdir(trained_on) and not os.path.samefile(trained_on, source):
+        raise ValueError(f"{args.adapter} was trained on {trained_on}, not on {source}: give that as --base "
+                         "(one model? correct base_model_name_or_path)")
     model = GPT.from_pretrained(source)
     load_lora(model, args.adapter)
     merge_lora(model)
     with _complete(out) as folder:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, eos_id=read_json(source / "config.json").get("eos_token_id"))
         for name in TOKENIZER_FILES:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)

@@ -8,13 +8,4 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # on models this small a second thread costs more than it brings
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch says so without numpy, which is not needed
-import pytest  # noqa: E402
-import torch  # noqa: E402
-
-
-@pytest.fixture(autouse=True)
-def fp32_precision():
-    """Which library multiplies matrices is a setting of the process: finetune.main changes it, the next test starts anew."""
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    yield
-    torch.backends.mkldnn.matmul.fp32_precision = before
+import torch  # noqa: E402, F401

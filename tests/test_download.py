@@ -306,6 +306,15 @@ def test_a_model_is_fetched_once_and_then_without_any_request(models, tmp_path, 
     assert models.requests == []
 
 
+def test_the_tokenizer_of_a_name_is_the_one_beside_its_weights(models, tmp_path):
+    home = tmp_path / "home" / "gpt2-finetune" / "gpt2"
+    home.mkdir(parents=True)
+    for name in ("vocab.json", "merges.txt"):
+        (home / name).write_bytes((data.TINY / "model" / name).read_bytes())
+    assert data.load_tokenizer("gpt2").n_vocab == data.load_tokenizer("tiny").n_vocab
+    assert models.requests == []
+
+
 def test_only_what_is_missing_of_a_model_is_fetched(models):
     folder = model_folder("distilgpt2")
     (folder / "merges.txt").unlink()

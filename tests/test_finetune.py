@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,8 @@ import torch.nn.functional as F
 import data
 import evaluate
 import finetune
+import gpt
+import lora
 from data import encode_examples, load_examples, load_tokenizer, split_examples
 from gpt import GPT, GPTConfig, read_safetensors
 
@@ -312,6 +315,9 @@ def test_truncated_and_dropped_records_are_counted_and_named(world, tmp_path, ca
     (["--lora-r", 2, "--trainable", "last_block"], 2, "--lora-r 2: no adapter trains"),
     (["--lora-r", 2, "--lora-targets", "c_foo"], 2, "--lora-targets c_foo"),
     (["--loraplus-ratio", 4], 2, "--loraplus-ratio 4"),
+    (["--trainable", "last_block", "--lr-decay", 0.5], 2, "--lr-decay 0.5: under --trainable last_block"),
+    (["--trainable", "head", "--untie-head", "--dropout", 0.5], 2, "--dropout 0.5: under --trainable head"),
+    (["--trainable", "biases", "--weight-decay", 0.9], 2, "--weight-decay 0.9: no matrix trains under --trainable biases"),
     (["--lora-alpha", 4], 2, "--lora-alpha has no effect without --lora-r"),
     (["--rslora"], 2, "--rslora has no effect"),
     (["--max-length", 999], 2, "--max-length 999"),
@@ -335,6 +341,81 @@ def test_what_is_wrong_ends_in_one_line_and_the_right_exit_code(world, tmp_path,
     error = capsys.readouterr().err
     assert (result, error.count("\n")) == (code, 1) and message in error
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("flags", [[], ["--dropout", 0.1], ["--lr-decay", 0.5], ["--weight-decay", 0]])
+def test_a_flag_that_has_an_effect_on_something_that_trains_is_taken(world, tmp_path, flags):
+    assert run(world, tmp_path / "r", "--trainable", "biases", "--max-steps", 2, "--no-responses", *flags) == 0
+    assert json.loads((tmp_path / "r" / "run.json").read_text())["flags"]["weight_decay"] == (0 if "--weight-decay" in flags else 0.1)
+
+
+@pytest.mark.parametrize("begin", ["model", "adapter", "data"])
+def test_a_run_does_not_overwrite_what_it_begins_from(world, tmp_path, capsys, begin):
+    short = ["--max-steps", 2, "--no-responses"]
+    assert run(world, tmp_path / "r", *short) == 0
+    flags = ["--model", tmp_path / "r" / "model", "--lora-r", 2]
+    if begin == "adapter":  # a run whose base lies in --out
+        assert run(world, tmp_path / "on r", *short, *flags) == 0
+        flags = ["--model", tmp_path / "on r"]
+    elif begin == "data":
+        shutil.copy(world / "records.json", tmp_path / "r" / "records.json")
+        flags = ["--data", tmp_path / "r" / "records.json"]
+    capsys.readouterr()
+    assert run(world, tmp_path / "r", *short, *flags, "--overwrite") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"holds what --{'data' if begin == 'data' else 'model'} goes on from" in error
+    assert (tmp_path / "r" / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("policy, changed", [("lisa:1@99", 12), ("gradual:1", 14), ("last_block", 14)])
+def test_the_last_line_of_the_proof_counts_what_had_its_turn(world, tmp_path, capsys, policy, changed):
+    """One of two blocks of 12 tensors trains, with ln_f's two where the policy has it; there are 28."""
+    assert run(world, tmp_path / "r", "--trainable", policy, "--max-steps", 2, "--no-responses") == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("proved"))
+    assert f"{28 - changed} frozen tensors are bit-identical, {changed} trainable ones have changed" in line
+    assert (f", {12} of the frozen ones never had their turn" in line) == (policy != "last_block")
+    before, after = (GPT.from_pretrained(folder).state_dict() for folder in (world / "model", tmp_path / "r" / "model"))
+    told = json.loads((tmp_path / "r" / "run.json").read_text())["freeze"]
+    assert set(told["changed"]) == {n for n in after if n != "lm_head.weight" and not torch.equal(before[n], after[n])}
+    assert not set(told["trainable"]) & set(told["frozen"]) and set(told["changed"]) <= set(told["trainable"])
+
+
+def test_what_had_its_turn_is_known_after_a_resume(world, tmp_path, monkeypatch):
+    flags = ["--trainable", "lisa:1@2", "--max-steps", 6, "--epochs", 3, "--no-responses"]
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        assert run(world, tmp_path / "r", *flags) == 143
+    assert run(world, tmp_path / "r", *flags, "--resume") == 0
+    assert run(world, tmp_path / "whole", *flags) == 0
+    told = [json.loads((tmp_path / r / "run.json").read_text())["freeze"]["changed"] for r in ("r", "whole")]
+    assert told[0] == told[1] and told[0]
+
+
+def test_the_end_token_of_a_model_wider_than_its_tokenizer_is_the_tokenizer_s(world, tmp_path, capsys):
+    torch.manual_seed(0)
+    shutil.copytree(world / "model", tmp_path / "wide")
+    GPT(GPTConfig(vocab_size=300, block_size=320, n_layer=1, n_head=2, n_embd=16)).save_pretrained(tmp_path / "wide")
+    assert run(world, tmp_path / "r", "--model", tmp_path / "wide", "--max-steps", 2, "--no-responses") == 0
+    config = json.loads((tmp_path / "r" / "model" / "config.json").read_text())
+    assert (config["eos_token_id"], config["vocab_size"]) == (256, 300)
+    capsys.readouterr()
+    assert gpt.main(["--model", str(tmp_path / "r"), "--prompt", "Say", "--temperature", "9", "--max-new-tokens", "99"]) == 0
+    assert capsys.readouterr().out.startswith("Say")
+
+
+def test_gpt_continues_a_text_with_a_run_s_adapter(world, tmp_path, capsys):
+    assert run(world, tmp_path / "r", "--lora-r", 4, "--lora-alpha", 4000, "--trainable", "lora,last_block", "--max-steps", 4, "--no-responses") == 0
+    assert lora.main(["merge", "--base", str(tmp_path / "r" / "model"), "--adapter", str(tmp_path / "r"), "--out", str(tmp_path / "merged")]) == 0
+    told = []
+    for model in ("r", "merged", "r/model"):
+        capsys.readouterr()
+        assert gpt.main(["--model", str(tmp_path / model), "--prompt", "Say", "--max-new-tokens", "20"]) == 0
+        told.append(capsys.readouterr().out)
+    assert told[0] == told[1] != told[2]
+    with pytest.raises(ValueError, match="the run's adapter is not part of a model; give .*model for its base alone, or merge it"):
+        GPT.from_pretrained(tmp_path / "r")
+    assert lora.main(["merge", "--base", str(world / "model"), "--adapter", str(tmp_path / "r"), "--out", str(tmp_path / "x")]) == 1
+    assert re.fullmatch(r"error: .* was trained on .*r/model, not on .*: give that as --base .*\n", capsys.readouterr().err)
 
 
 def test_an_occupied_folder_is_refused_and_overwrite_replaces_only_a_run(world, tmp_path, capsys):
