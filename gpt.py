@@ -317,7 +317,7 @@ class GPT(nn.Module):
             for name in expected:
                 path, entry = entries[name]
                 p, tensor = model.get_parameter(name), _read_entry(path, entry)
-                if not all(map(math.isfinite, tensor.aminmax())):  # NaN is in both; torch.isfinite would take twice the tensor's memory
+                if not all(map(math.isfinite, tensor.aminmax())):  # NaN is in both; isfinite() would copy the tensor
                     raise ValueError(f"{path}: tensor {name} holds NaN or inf")
                 p.copy_(tensor.t() if _is_conv1d(name) else tensor)
             if tied_in_file and not tied:
@@ -831,7 +831,8 @@ def main(argv=None) -> int:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        print(f"error: out of memory: --model {args.model} does not fit: take a smaller one, or lower --max-new-tokens", file=sys.stderr)
+        print(f"error: out of memory: --model {args.model} does not fit: take a smaller one, or lower --max-new-tokens",
+              file=sys.stderr)
         return 1
     try:
         print(decode(tokenizer, ids + new), flush=True)

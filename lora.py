@@ -631,7 +631,8 @@ def parse_args(argv=None):
     command.add_argument("folder", type=_given, help="a PEFT adapter folder, or a run folder")
     command = commands.add_parser("merge", help="fold an adapter into its base", description=merge.__doc__)
     command.add_argument("--base", required=True, type=_given, metavar="M", help="the model: a folder or a name")
-    command.add_argument("--adapter", required=True, type=_given, metavar="FOLDER", help="a PEFT adapter folder, or a run folder")
+    command.add_argument("--adapter", required=True, type=_given, metavar="FOLDER",
+                         help="a PEFT adapter folder, or a run folder")
     command.add_argument("--out", required=True, type=_given, metavar="FOLDER", help="the new model folder")
     command = commands.add_parser("combine", help="a weighted sum of adapters", description=combine.__doc__)
     command.add_argument("--adapter", required=True, action="extend", nargs="+", type=_weighted,
