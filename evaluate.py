@@ -1323,8 +1323,11 @@ def ask(folder: Path, text: str, device: str) -> None:
 def main(argv=None) -> int:
     """Run the command line; what goes wrong outside ends in one line on stderr."""
     args = parse_args(argv)
-    from finetune import UsageError, is_out_of_memory
+    from finetune import UsageError, is_out_of_memory, keep_memory, multiply_with_onednn
 
+    precision = torch.backends.mkldnn.matmul.fp32_precision
+    keep_memory()
+    multiply_with_onednn()
     try:
         evaluate(args) if args.ask is None else ask(args.runs[0], args.ask, args.device)
         return 0
@@ -1341,6 +1344,8 @@ def main(argv=None) -> int:
         message = "out of memory: " * full + " ".join(str(error).split())
         print(f"error: {harmless(message)}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = precision
 
 
 if __name__ == "__main__":

@@ -551,7 +551,7 @@ def merge(args) -> str:
     out = _free(args.out)
     source = model_folder(args.base)
     trained_on = str(read_adapter(args.adapter)[0].get("base_model_name_or_path") or "")
-    if os.path.isdir(trained_on) and not os.path.samefile(trained_on, source):
+    if os.path.isabs(trained_on) and os.path.isdir(trained_on) and not os.path.samefile(trained_on, source):
         raise ValueError(f"{args.adapter} was trained on {trained_on}, not on {source}: give that as --base "
                          "(one model? correct base_model_name_or_path)")
     model = GPT.from_pretrained(source)
