@@ -1325,11 +1325,10 @@ def main(argv=None) -> int:
     args = parse_args(argv)
     from finetune import UsageError, is_out_of_memory, keep_memory, multiply_with_onednn
 
-    precision = torch.backends.mkldnn.matmul.fp32_precision
     keep_memory()
-    multiply_with_onednn()
     try:
-        evaluate(args) if args.ask is None else ask(args.runs[0], args.ask, args.device)
+        with multiply_with_onednn():
+            evaluate(args) if args.ask is None else ask(args.runs[0], args.ask, args.device)
         return 0
     except BrokenPipeError:  # the reader has gone (`| head`); scores.json holds everything
         return 0
@@ -1344,8 +1343,6 @@ def main(argv=None) -> int:
         message = "out of memory: " * full + " ".join(str(error).split())
         print(f"error: {harmless(message)}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
-    finally:
-        torch.backends.mkldnn.matmul.fp32_precision = precision
 
 
 if __name__ == "__main__":

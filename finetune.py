@@ -39,7 +39,7 @@ import threading
 import time
 import warnings
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -281,15 +281,20 @@ def keep_memory() -> None:
     mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-def multiply_with_onednn() -> None:
-    """Let oneDNN multiply fp32 matrices where the CPU has AVX-512. torch's choice, MKL, uses only AVX2 on AMD's CPUs:
-    half as fast on Zen 5. torch hands them over only with leave to round the factors to bf16. On few CPUs (with AMX, or
-    Arm's) oneDNN makes use of it: there a product in which it would show says so, and all stays as it was."""
+@contextmanager
+def multiply_with_onednn():
+    """Inside `with`, oneDNN multiplies fp32 matrices where the CPU has AVX-512. torch's choice, MKL, uses only AVX2 on
+    AMD's CPUs: half as fast on Zen 5. torch hands them over only with leave to round the factors to bf16. On few CPUs
+    (with AMX, or Arm's) oneDNN makes use of it: there products in which it would show say so, and all stays as it was."""
     matmul = torch.backends.mkldnn.matmul
     before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
     x = torch.full((256, 256), 1 + 2**-12)  # 1 in bf16
     products = x @ x, x.t() @ x, x[:8] @ x.t(), torch.bmm(x[None], x[None])
     if not all(torch.allclose(product / 256, x[0, 0].square(), rtol=1e-6, atol=0) for product in products):
+        matmul.fp32_precision = before
+    try:
+        yield
+    finally:
         matmul.fp32_precision = before
 
 
@@ -1443,8 +1448,6 @@ def run(args) -> int:
     """Load, freeze, prove, train, prove again, save, answer; returns the exit code."""
     started = time.perf_counter()
     machine = join_processes(args)
-    if machine.device.type == "cpu" and not args.compile:  # whose compiler asks for the setting by its old name
-        multiply_with_onednn()
     folder, adapter = in_turn(lambda: locate(args.model))
     choose_out(args, folder, adapter)
     if args.resume and (args.out / "run.json").exists():
@@ -1526,9 +1529,10 @@ def main(argv=None) -> int:
     """Run the command line; what the user gave wrong ends in one line on stderr."""
     args = parse_args(argv)
     keep_memory()
-    precision = torch.backends.mkldnn.matmul.fp32_precision
     try:
-        return run(args)
+        # torch's compiler asks for the setting by its old name, which the new one makes an error.
+        with nullcontext() if args.compile else multiply_with_onednn():
+            return run(args)
     except KeyboardInterrupt:
         return complain("interrupted", code=130)
     except (ValueError, OSError, ArithmeticError) as error:
@@ -1544,8 +1548,6 @@ def main(argv=None) -> int:
         if "--batch-size" not in text:  # it did not happen in training, then
             text = f"--model {args.model} is too large for this machine. {text}"
         return complain(f"out of memory: {excerpt(text, 10_000)}")
-    finally:
-        torch.backends.mkldnn.matmul.fp32_precision = precision
 
 
 if __name__ == "__main__":

@@ -239,7 +239,7 @@ def generation(folder, kind, device="cpu"):
         model = GPT.from_pretrained(folder).eval().to(device)
     if kind == "ours":
         finetune.keep_memory()
-        finetune.multiply_with_onednn()
+        finetune.multiply_with_onednn().__enter__()  # for the rest of this process
     test = split_examples(load_examples(SHARED / "instruction-data.json"))[2]
     prompts = sorted((e.ids[:e.n_prompt] for e in encode_examples(test, load_tokenizer(folder))[0]), key=lambda ids: -len(ids))
 
@@ -285,7 +285,7 @@ def machine(n_embd, device="cpu", size=8):
     rows, C, table = 57 * size, n_embd, {}
     for name, dtype in (("fp32", torch.float32), ("fp32 as here", torch.float32), ("bf16", torch.bfloat16)):
         if name == "fp32 as here":
-            finetune.multiply_with_onednn()
+            finetune.multiply_with_onednn().__enter__()  # for the rest of this process
         for M, K, N in ((rows, C, 3 * C), (rows, C, C), (rows, C, 4 * C), (rows, 4 * C, C), (rows // 4, C, 50257)):
             x, w, g = (torch.randn(*shape, device=device).to(dtype) for shape in ((M, K), (N, K), (M, N)))
             table[f"{name} {M} x {K} x {N}"] = [rate(f, 2 * M * K * N) for f in (lambda: x @ w.T, lambda: g @ w, lambda: g.T @ x)]

@@ -1,5 +1,6 @@
 """What saves time or memory gives the same result as the plain way."""
 
+import contextlib
 import ctypes
 import functools
 import json
@@ -104,39 +105,45 @@ def test_onednn_keeps_few_shapes_unless_the_environment_says_otherwise(monkeypat
 # ------------------------------------------------------------------------------ matrix products
 
 
-@pytest.fixture
-def ieee():
-    """The process's setting of who multiplies: torch's strict one at first, and at last what it was."""
-    matmul = torch.backends.mkldnn.matmul
-    before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
-    yield
-    matmul.fp32_precision = before
-
-
-def test_products_that_onednn_may_do_are_those_of_float32(ieee):
-    finetune.multiply_with_onednn()
+def test_products_that_onednn_may_do_are_those_of_float32():
     a, b = torch.randn(2, 300, 300, generator=torch.Generator().manual_seed(0))
     exact = a.double() @ b.double()
-    assert ((a @ b - exact).abs().max() / exact.abs().max()).item() < 2e-6  # factors rounded to bf16: 3e-3
+    with finetune.multiply_with_onednn():
+        product = a @ b
+    assert ((product - exact).abs().max() / exact.abs().max()).item() < 2e-6  # factors rounded to bf16: 3e-3
 
 
 @pytest.mark.parametrize("rounds", [False, True])
-def test_where_onednn_would_round_to_bf16_it_is_not_used(ieee, monkeypatch, rounds):
-    true = torch.Tensor.__matmul__
+def test_where_onednn_would_round_to_bf16_it_is_not_used(monkeypatch, rounds):
+    matmul, true = torch.backends.mkldnn.matmul, torch.Tensor.__matmul__
+    before = matmul.fp32_precision
     if rounds:
         monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: true(a.bfloat16().float(), b.bfloat16().float()))
-    finetune.multiply_with_onednn()
-    assert torch.backends.mkldnn.matmul.fp32_precision == ("ieee" if rounds else "bf16")
+    with pytest.raises(KeyError), finetune.multiply_with_onednn():
+        assert matmul.fp32_precision == (before if rounds else "bf16") and before != "bf16"
+        raise KeyError
+    assert matmul.fp32_precision == before
+
+
+@pytest.mark.parametrize("flags", [[], ["--compile"]])
+def test_a_run_multiplies_with_onednn_unless_it_compiles(world, tmp_path, monkeypatch, flags):
+    settings, true = [], finetune.gradients
+    def watched(*args):
+        settings.append(torch.backends.mkldnn.matmul.fp32_precision)
+        return true(*args)
+    monkeypatch.setattr(finetune, "gradients", watched)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    assert run(world, tmp_path / "r", "--max-steps", 1, "--no-responses", *flags) == 0
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    assert settings == [before if flags else "bf16"] and before != "bf16"
 
 
 @pytest.mark.parametrize("flags", [[], ["--recompute", "--grad-accum", 2], ["--lora-r", 2, "--trainable", "lora,embeddings"]])
 def test_what_is_always_on_gives_the_losses_of_the_plain_way(world, tmp_path, monkeypatch, flags):
     """oneDNN, attention of short texts and the lookup's gradient, beside torch's defaults: 20 steps."""
     flags = [*flags, "--max-steps", 20, "--epochs", 20, "--no-responses", "--eval-batches", 1]
-    before = torch.backends.mkldnn.matmul.fp32_precision
     assert run(world, tmp_path / "fast", *flags) == 0
-    assert torch.backends.mkldnn.matmul.fp32_precision == before  # main has put it back
-    monkeypatch.setattr(finetune, "multiply_with_onednn", lambda: None)
+    monkeypatch.setattr(finetune, "multiply_with_onednn", contextlib.nullcontext)
     monkeypatch.setattr(gpt, "FEW_SCORES", 0)
     monkeypatch.setattr(torch.nn.Embedding, "sparse", property(lambda self: False, lambda self, value: None), raising=False)
     assert run(world, tmp_path / "plain", *flags) == 0
