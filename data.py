@@ -74,6 +74,8 @@ def download(url: str, path: Path, sha256: str | None = None) -> None:
     request = urllib.request.Request(url, headers={"User-Agent": "gpt2-finetune"})  # some servers refuse urllib's own
     try:
         with urllib.request.urlopen(request, timeout=30) as answer:
+            if url.startswith("https:") and not answer.url.startswith("https:"):
+                raise ValueError(f"{url}: redirected to {answer.url}")
             content = answer.read()
     except http.client.HTTPException as error:  # the connection broke
         raise OSError(f"{url}: {error!r}") from None

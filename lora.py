@@ -558,7 +558,8 @@ def merge(args) -> str:
     load_lora(model, args.adapter)
     merge_lora(model)
     with _complete(out) as folder:
-        model.save_pretrained(folder, eos_id=read_json(source / "config.json").get("eos_token_id"))
+        eos_id = read_json(source / "config.json").get("eos_token_id")
+        model.save_pretrained(folder, eos_id=eos_id if type(eos_id) is int else None)  # some models list several
         for name in TOKENIZER_FILES:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)

@@ -426,6 +426,15 @@ def test_an_answer_that_is_not_the_data_is_one_line_and_the_next_run_fetches_it_
     assert data_file("alpaca").read_bytes() == sets.files[ALPACA]
 
 
+def test_data_by_https_does_not_come_by_http(sets, tmp_path, monkeypatch):
+    monkeypatch.setenv("DATA_ENDPOINT", "https://data.example")
+    there = data.urllib.request.urlopen(f"{sets.url}{BOOK}")  # where a redirect of https has led
+    monkeypatch.setattr(data.urllib.request, "urlopen", lambda request, timeout: there)
+    with pytest.raises(FileNotFoundError, match="book: https://data.example/.*: redirected to http://127"):
+        data_file("book")
+    assert not list((tmp_path / "home").rglob("*.*"))
+
+
 def test_a_disk_without_room_leaves_no_part_of_the_data(sets, tmp_path, monkeypatch):
     def full(path, content):
         path.touch()
