@@ -777,7 +777,6 @@ def refuse_idle_flags(args, model, plan) -> None:
     if args.lr_decay != 1 and all(depth_factor(name, model.config.n_layer, 0.5) == 1 for name in plan.eligible):
         raise UsageError(f"--lr-decay {args.lr_decay:g}: {train} all lies in or above the last block, where it is 1; "
                          "leave it out")
-    plan.set_modes(model.train())
     if args.dropout and not any(module.training for module in model.modules() if isinstance(module, torch.nn.Dropout)):
         raise UsageError(f"--dropout {args.dropout:g}: {train} every part that has it is frozen, and drops nothing; "
                          "leave it out")
@@ -794,11 +793,11 @@ def prepare_plan(args, model, train_set):
     for flag, value in (("--lora-r", args.lora_r), ("--loraplus-ratio", args.loraplus_ratio)):
         if value is not None and not any(map(is_adapter, plan.eligible)):
             raise UsageError(f"{flag} {value:g}: no adapter trains under --trainable {args.trainable}; add lora to it")
+    plan.set_modes(model.train())
     refuse_idle_flags(args, model, plan)
     args.lr = args.lr or (3e-4 if is_small(model) else 5e-5) * (10 if only_adapters(plan) else 1)
     if args.fsdp:
         shard(model, plan)
-    plan.set_modes(model.train())
     plan.check_model(model)
     optimizer = build_optimizer(model, plan, args)
     plan.check_optimizer(optimizer)
