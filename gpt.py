@@ -31,7 +31,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -40,7 +40,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 @dataclass(frozen=True)
@@ -122,6 +121,18 @@ class KVCache:
 FEW_SCORES = 200 * 200  # of a head: on the CPU the many small products of flash attention cost more than to hold these
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v, scores and all: q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D). `mask`
+    (B, 1, T, S) is true where a query sees a key; without one a query sees the keys up to its own position."""
+    (B, H, T, D), S = q.shape, k.shape[2]
+    if mask is None:
+        bias = torch.full((T, S), -math.inf, dtype=q.dtype).triu(1)
+    else:
+        bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, -math.inf).expand(B, H, T, S).flatten(0, 1)
+    scores = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=D**-0.5)  # (B H, T, S)
+    return torch.bmm(F.dropout(scores.softmax(-1), dropout), v.flatten(0, 1)).unflatten(0, (B, H))
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head self-attention in which a token sees itself and what came before."""
 
@@ -134,13 +145,15 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None, store=None, wanted: Tensor | None = None) -> Tensor:
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).split(C, dim=2)  # 3 x (B, T, C)
-        q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        on_cpu = x.device.type == "cpu"
+        q, k, v = qkv.contiguous() if on_cpu else qkv  # (B, H, T, D) each
         if store is not None:
             k, v = store(k, v)  # (B, H, S, D): the S - T earlier tokens too
         dropout = self.dropout if self.training else 0.0
-        few = x.device.type == "cpu" and T * k.shape[2] <= FEW_SCORES
-        with sdpa_kernel(SDPBackend.MATH) if few else nullcontext():
+        if on_cpu and T * k.shape[2] <= FEW_SCORES:
+            y = attention(q, k, v, mask, dropout)
+        else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y if wanted is None else y.flatten(0, 1)[wanted]))  # (B, T, C) or (N, C)
@@ -310,18 +323,19 @@ class GPT(nn.Module):
                 raise ValueError(f"{path}: tensor {name} has shape {found}, the config says {shape}")
             if not dtype.is_floating_point:
                 raise ValueError(f"{path}: tensor {name} has dtype {dtype}: weights are floating-point numbers")
-        model.to_empty(device="cpu")
-        if tied:
-            model.lm_head.weight = model.wte.weight  # to_empty gave each its own
         with torch.no_grad():
-            for name in expected:
+            for name, shape in expected.items():
                 path, entry = entries[name]
-                p, tensor = model.get_parameter(name), _read_entry(path, entry)
+                p = nn.Parameter(torch.empty(shape))
+                tensor = _read_entry(path, entry, p if entry[0] == p.dtype and not _is_conv1d(name) else None)
                 if not all(map(math.isfinite, tensor.aminmax())):  # NaN is in both; isfinite() would copy the tensor
                     raise ValueError(f"{path}: tensor {name} holds NaN or inf")
-                p.copy_(tensor.t() if _is_conv1d(name) else tensor)
-            if tied_in_file and not tied:
-                model.lm_head.weight.copy_(model.wte.weight)
+                if tensor is not p:
+                    p.copy_(tensor.t() if _is_conv1d(name) else tensor)
+                owner, _, name = name.rpartition(".")
+                setattr(model.get_submodule(owner), name, p)
+            if tied_in_file:
+                model.lm_head.weight = model.wte.weight if tied else nn.Parameter(model.wte.weight.clone())
         return model
 
     def save_pretrained(self, folder: str | Path, base_only: bool = False, eos_id: int | None = None) -> None:
@@ -651,9 +665,9 @@ def read_header(path: Path) -> dict[str, tuple]:
     return entries
 
 
-def _read_entry(path: Path, entry: tuple) -> Tensor:
+def _read_entry(path: Path, entry: tuple, place: Tensor | None = None) -> Tensor:
     dtype, shape, begin, nbytes = entry
-    tensor = torch.empty(shape, dtype=dtype)
+    tensor = torch.empty(shape, dtype=dtype) if place is None else place
     if nbytes:
         with open(path, "rb") as file:
             file.seek(begin)

@@ -116,8 +116,9 @@ class LoRALinear(nn.Linear):
 
     def _adapt(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         A, B, config = self.lora_A[name], self.lora_B[name], self.configs[name]
-        x = F.dropout(x.to(A.dtype), config.dropout, self.training)  # (..., in)
-        return (y + F.linear(F.linear(x, A) * config.scale, B)).to(y.dtype)  # in -> r -> out
+        x = F.dropout(x.to(A.dtype), config.dropout, self.training)
+        x = F.linear(x, A).flatten(0, -2)  # (N, r); the sum in one call: no second tensor as large as y
+        return torch.addmm(y.to(x.dtype).flatten(0, -2), x, B.t(), alpha=config.scale).to(y.dtype).view_as(y)
 
     @torch.no_grad()
     def merged_weight(self, name: str) -> Tensor:
@@ -482,9 +483,9 @@ def read_header(path: Path) -> dict[str, tuple]:
     return entries
 
 
-def _read_entry(path: Path, entry: tuple) -> Tensor:
+def _read_entry(path: Path, entry: tuple, place: Tensor | None = None) -> Tensor:
     dtype, shape, begin, nbytes = entry
-    tensor = torch.empty(shape, dtype=dtype)
+    tensor = torch.empty(shape, dtype=dtype) if place is None else place
     if nbytes:
         with open(path, "rb") as file:
             file.seek(begin)

@@ -6,6 +6,9 @@ import functools
 import json
 import os
 import platform
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,16 +58,90 @@ def test_features_from_what_enters_a_block_are_bit_equal(model, idx, first):
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_attention_of_few_scores_gives_the_logits_of_flash_attention(model, idx, monkeypatch, cached):
-    chosen, true = [], gpt.sdpa_kernel
-    monkeypatch.setattr(gpt, "sdpa_kernel", lambda backend: (chosen.append(backend), true(backend))[1])
+    calls, true = [], gpt.attention
+    monkeypatch.setattr(gpt, "attention", lambda *args: (calls.append(args), true(*args))[1])
     def logits():
         cache = gpt.KVCache(model.config, len(idx), 16) if cached else None
         return [model.lm_head(model.features(part, cache)) for part in (idx[:, :5], idx[:, 5:])]
-    few, n = logits(), len(chosen)
+    few, n = logits(), len(calls)
     monkeypatch.setattr(gpt, "FEW_SCORES", 0)
     for a, b in zip(few, logits()):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    assert n == len(chosen) == 6 and set(chosen) == {gpt.SDPBackend.MATH}  # three blocks, twice
+    assert n == len(calls) == 6  # three blocks, twice
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_and_its_gradients_are_those_of_torch_in_float64(masked):
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 3, n, 4, dtype=torch.float64, requires_grad=True) for n in ((2, 5, 5) if masked else (5, 5, 5))]
+    mask = torch.tensor([[[1, 1, 0, 0, 0], [1, 1, 1, 0, 0]], [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]]).bool()[:, None] if masked else None
+    oracle = torch.nn.functional.scaled_dot_product_attention(*inputs, attn_mask=mask, is_causal=not masked)
+    ours = gpt.attention(*inputs, mask, 0.0)
+    torch.testing.assert_close(ours, oracle, rtol=1e-12, atol=1e-12)
+    weight = torch.randn_like(oracle)
+    for a, b in zip(*(torch.autograd.grad((y * weight).sum(), inputs) for y in (ours, oracle))):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_attention_drops_a_share_of_its_weights_and_scales_up_the_others():
+    torch.manual_seed(0)
+    q, v = torch.zeros(4, 2, 64, 8), torch.eye(64).expand(4, 2, 64, 64)
+    weights = gpt.attention(q, q, v, torch.ones(4, 1, 64, 64).bool(), 0.25)  # each 1/64, or dropped
+    assert sorted((weights * 64).unique().tolist()) == pytest.approx([0, 1 / 0.75])
+    assert (weights == 0).float().mean().item() == pytest.approx(0.25, abs=0.01)
+
+
+# ------------------------------------------------------------------------------ the loss and the optimizer
+
+
+def test_the_cross_entropy_and_its_gradient_are_those_of_torch():
+    torch.manual_seed(0)
+    logits, targets, weights = torch.randn(150, 31) * 30, torch.randint(31, (150,)), torch.rand(150)
+    results = []
+    for function, dtype in ((finetune.CrossEntropy.apply, torch.float32),
+                            (functools.partial(torch.nn.functional.cross_entropy, reduction="none"), torch.float64)):
+        x = logits.to(dtype).requires_grad_()
+        loss = function(x * 1, targets)  # as the head's output: nobody else's
+        results.append((loss.detach().double(), torch.autograd.grad(loss @ weights.to(dtype), x)[0].double()))
+    for ours, oracle in zip(*results):
+        torch.testing.assert_close(ours, oracle, rtol=1e-5, atol=1e-6)
+
+
+def test_the_gradient_of_the_cross_entropy_takes_the_place_of_the_logits_and_cannot_be_taken_twice():
+    x = torch.randn(3, 5, requires_grad=True)
+    logits = x * 1
+    loss = finetune.CrossEntropy.apply(logits, torch.tensor([0, 4, 2])).sum()
+    (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    assert gradient.data_ptr() == logits.data_ptr()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_run_and_what_it_reads_do_without_torchs_compiler(world, tmp_path):
+    flags = ["--model", str(world / "model"), "--data", str(world / "records.json"), "--out", str(tmp_path / "r"), "--max-steps", "2"]
+    code = f"import finetune, sys; assert finetune.main({flags}) == 0; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(finetune.__file__).parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {"torch.optim", "finetune"} <= set(done.stdout.split()) and not {"torch._dynamo", "sympy"} & set(done.stdout.split())
+
+
+def test_the_optimizer_is_torchs():
+    torch.manual_seed(0)
+    start, results = torch.randn(4, 3), []
+    for kind in (finetune.AdamW, torch.optim.AdamW):
+        p = start.clone().requires_grad_()
+        optimizer = kind([{"params": [p], "lr": 0.1, "weight_decay": 0.1}], fused=True)
+        for step in range(6):
+            (p - 1).pow(4).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            assert p.grad is None
+            if step == 2:  # a fresh one goes on from what was kept
+                kept = optimizer.state_dict()
+                optimizer = kind([{"params": [p], "lr": 0.1, "weight_decay": 0.1}], fused=True)
+                optimizer.load_state_dict(kept)
+        results.append(p.detach())
+    assert torch.equal(*results) and not torch.equal(results[0], start)
 
 
 # ------------------------------------------------------------------------------ memory
