@@ -71,7 +71,8 @@ except ImportError:  # Windows: run folders are not locked there, and memory is 
     fcntl = resource = None
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-HEAD_ROWS = 1024  # positions whose logits exist at one time
+HEAD_ROWS, FROZEN_HEAD_ROWS = 1024, 128  # positions whose logits exist at one time; while it trains each part costs
+# a gradient of the whole head
 PREFIX_BYTES = 2**30  # of --cache-prefix that stay in memory
 CURRICULA = ("none", "length", "level", "ifd", "random")
 TAU = 0.05  # nats per response token by which a shorter instruction may be harder and is still taken
@@ -701,6 +702,30 @@ class CrossEntropy(torch.autograd.Function):
         return logits.sub_(highest).exp_().mul_(gradient / sums).scatter_add_(1, targets, -gradient), None
 
 
+class LossInParts(torch.autograd.Function):
+    """The loss of `token_losses(hidden, targets)` summed by `weights`, all (N, ...), over parts of `rows` positions at a
+    time: the gradients of a part, for hidden and `parameters`, are computed at once, and its logits forgotten."""
+
+    @staticmethod
+    def forward(ctx, token_losses, rows, targets, weights, hidden, *parameters):
+        total, of_hidden, of_parameters = 0.0, [], []
+        for h, t, w in zip(hidden.split(rows), targets.split(rows), weights.split(rows)):
+            with torch.enable_grad():
+                h = h.detach().requires_grad_()
+                loss = (token_losses(h, t) * w).sum()
+                first, *rest = torch.autograd.grad(loss, (h, *parameters))
+            of_hidden.append(first)
+            of_parameters = [a.add_(b) for a, b in zip(of_parameters, rest)] if of_parameters else rest
+            total = total + loss.detach()
+        ctx.save_for_backward(torch.cat(of_hidden), *of_parameters)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        return None, None, None, None, *(saved.mul_(gradient) for saved in ctx.saved_tensors)
+
+
 def loss_sum(model, batch, loss_on, machine, prefix=None) -> tuple[Tensor, float]:
     """Summed cross-entropy (nats) over the supervised tokens of a batch, and their total weight. The head is applied
     only where a loss is wanted: most positions of an instruction are prompt."""
@@ -714,13 +739,12 @@ def loss_sum(model, batch, loss_on, machine, prefix=None) -> tuple[Tensor, float
         hidden = model.features(inputs.to(device), wanted=wanted.to(device), hidden=hidden, first=first)  # (N, C)
         targets, weights = targets.flatten()[wanted].to(device), weights[wanted].to(device)
         token_losses = lambda h, t: CrossEntropy.apply(model.lm_head(h).float(), t)
-        if len(wanted) <= HEAD_ROWS:
-            losses = [token_losses(hidden, targets)]
-        else:  # logits of a part at a time, computed again in the backward pass: all at once would fill the memory
-            parts = zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS))
-            losses = [checkpoint(token_losses, h, t, use_reentrant=False) for h, t in parts]
-    # Out here, or autocast would round this product, and with it the whole gradient, to bf16.
-    return sum(loss @ w for loss, w in zip(losses, weights.split(HEAD_ROWS))), n
+        parameters = [p for p in model.lm_head.parameters() if p.requires_grad]  # whole by now, if they are sharded
+        rows = HEAD_ROWS if parameters else FROZEN_HEAD_ROWS
+        if torch.is_grad_enabled() and len(wanted) > rows:
+            return LossInParts.apply(token_losses, rows, targets, weights, hidden, *parameters), n
+        losses = torch.cat([token_losses(h, t) for h, t in zip(hidden.split(rows), targets.split(rows))])
+    return losses @ weights, n  # out here, or autocast would round this product, and with it the whole gradient, to bf16
 
 
 def mean_loss(model, encoded, batch_size, loss_on, machine, limit=None, prefix=None) -> float | None:
@@ -832,6 +856,9 @@ def prepare_plan(args, model, train_set):
     refuse_idle_flags(args, model, plan)
     args.lr = args.lr or (3e-4 if is_small(model) else 5e-5) * (10 if only_adapters(plan) else 1)
     if args.fsdp:
+        if all(name.startswith("lm_head.") for name in plan.eligible):
+            raise UsageError(f"--fsdp: under --trainable {args.trainable} the backward pass stays in the head, where nothing "
+                             "is put together again; leave the flag out")
         shard(model, plan)
     plan.check_model(model)
     optimizer = build_optimizer(model, plan, args)

@@ -179,16 +179,37 @@ def test_on_the_books_records_the_loss_is_the_books_to_1e_5():
     assert float(loss) / n == pytest.approx(float(book), rel=1e-5)
 
 
-def test_a_head_applied_in_parts_gives_the_same_loss_and_gradients(world, monkeypatch):
-    batch, grads = encoded_world(world)[:5], []
-    for rows in (finetune.HEAD_ROWS, 7):
+@pytest.mark.parametrize("trainable, dtype", [("all", "fp32"), ("all", "bf16"), ("last_block", "fp32"), ("last_block", "bf16"), ("head", "fp32"), ("lora", "fp32")])
+def test_a_head_applied_in_parts_gives_the_same_loss_and_gradients(world, monkeypatch, trainable, dtype):
+    batch, results, sizes = encoded_world(world)[:5], [], []
+    machine = finetune.Machine(torch.device("cpu"), finetune.DTYPES[dtype])
+    for rows in (10_000, 7):
         monkeypatch.setattr(finetune, "HEAD_ROWS", rows)
-        model = GPT.from_pretrained(world / "model")
-        loss, n = finetune.loss_sum(model, batch, "0.5", CPU)
+        monkeypatch.setattr(finetune, "FROZEN_HEAD_ROWS", rows)
+        torch.manual_seed(0)
+        model = GPT.from_pretrained(world / "model", tie_word_embeddings=trainable == "all")
+        if trainable == "lora":
+            finetune.add_lora(model, 2, targets=("c_attn", "lm_head"))
+        finetune.freeze(model, trainable)
+        largest = []
+        model.lm_head.register_forward_hook(lambda module, given, output: largest.append(len(output)))
+        loss, n = finetune.loss_sum(model, batch, "0.5", machine)
+        (loss / 3).backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
+        sizes.append(max(largest))
+    assert sizes[1] == 7 < sizes[0]
+    for whole, parts in zip(*results):
+        assert whole.dtype == parts.dtype == torch.float32
+        close = 1e-5 if dtype == "fp32" else 1e-2 * whole.abs().max().item()
+        torch.testing.assert_close(whole, parts, rtol=1e-5, atol=close)
+
+
+def test_a_loss_in_parts_cannot_be_taken_backward_twice(world, monkeypatch):
+    monkeypatch.setattr(finetune, "HEAD_ROWS", 7)
+    loss, _ = finetune.loss_sum(GPT.from_pretrained(world / "model"), encoded_world(world)[:5], "all", CPU)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
-        grads.append([loss.detach(), *(p.grad for p in model.parameters())])
-    for whole, parts in zip(*grads):
-        torch.testing.assert_close(whole, parts, rtol=1e-5, atol=1e-5)
 
 
 def test_rates_fall_with_the_distance_from_the_head():

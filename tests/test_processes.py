@@ -91,7 +91,7 @@ EQUAL = {"full": [], "frozen": ["--trainable", "last_block", "--loss-on", 0.3], 
          "hybrid": ["--lora-r", 2, "--trainable", "hybrid:0.2,norms"], "lisa": ["--trainable", "lisa:1@1,head", "--untie-head"]}
 CASES = {  # name: (flags, patch)
     **{f"ddp-{name}": ([*SHORT, *EQUAL[name]], "") for name in ("full", "hybrid")},
-    **{f"fsdp-{name}": ([*SHORT, *flags, "--fsdp"], "") for name, flags in EQUAL.items()},
+    **{f"fsdp-{name}": ([*SHORT, *flags, "--fsdp"], "finetune.HEAD_ROWS = finetune.FROZEN_HEAD_ROWS = 5") for name, flags in EQUAL.items()},
     "whole": ([*MIXED, "--fsdp"], ""),
     "stopped": ([*MIXED, "--fsdp"], STOP),
     "resumed": ([*MIXED, "--fsdp", "--resume"], ""),
@@ -99,6 +99,7 @@ CASES = {  # name: (flags, patch)
     "torchrun": ([*MIXED, "--resume"], ""),
     "wrong": ([*SHORT, "--trainable", "last:9"], FETCH),
     "flag": ([*SHORT, "--fsdp", "--cache-prefix"], ""),
+    "head": ([*SHORT, "--fsdp", "--trainable", "head", "--untie-head"], ""),
     "moved": ([*SHORT, "--trainable", "last_block"], MOVE),
     "fsdp-moved": ([*SHORT, "--trainable", "last_block", "--fsdp"], MOVE),
 }
@@ -211,6 +212,7 @@ def same_bytes(one, two):
 
 @pytest.mark.parametrize("case, code, message", [
     ("wrong", 2, "error: --trainable last:9: freeze policy: 'last:9'"), ("flag", 2, "error: --fsdp and --cache-prefix exclude each other"),
+    ("head", 2, "error: --fsdp: under --trainable head the backward pass stays in the head"),
     ("fsdp-moved", 1, "error: freeze proof broken: frozen, but changed: h.0."), ("moved", 1, "error: process 1: freeze proof broken: frozen, but changed: h.0."),
 ])
 def test_what_fails_under_torchrun_is_said_in_one_line(runs, case, code, message):
