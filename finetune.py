@@ -71,8 +71,8 @@ except ImportError:  # Windows: run folders are not locked there, and memory is 
     fcntl = resource = None
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-HEAD_ROWS, FROZEN_HEAD_ROWS = 1024, 128  # positions whose logits exist at one time; while it trains each part costs
-# a gradient of the whole head
+HEAD_ROWS = 1024  # positions whose logits exist at one time; each such part costs a gradient of the whole head,
+FROZEN_HEAD_ROWS = 128  # unless it is frozen
 PREFIX_BYTES = 2**30  # of --cache-prefix that stay in memory
 CURRICULA = ("none", "length", "level", "ifd", "random")
 TAU = 0.05  # nats per response token by which a shorter instruction may be harder and is still taken
@@ -823,7 +823,7 @@ def build_optimizer(model, plan, args):
             rate *= depth_factor(name, model.config.n_layer, args.lr_decay)
             groups.setdefault((rate, args.weight_decay if p.dim() > 1 else 0.0), []).append(p)
     return AdamW([{"params": params, "lr": rate, "peak": rate, "weight_decay": decay}
-                              for (rate, decay), params in groups.items()], fused=True)
+                  for (rate, decay), params in groups.items()], fused=True)
 
 
 def refuse_idle_flags(args, model, plan) -> None:
@@ -857,8 +857,8 @@ def prepare_plan(args, model, train_set):
     args.lr = args.lr or (3e-4 if is_small(model) else 5e-5) * (10 if only_adapters(plan) else 1)
     if args.fsdp:
         if all(name.startswith("lm_head.") for name in plan.eligible):
-            raise UsageError(f"--fsdp: under --trainable {args.trainable} the backward pass stays in the head, where nothing "
-                             "is put together again; leave the flag out")
+            raise UsageError(f"--fsdp: under --trainable {args.trainable} the backward pass stays in the head, and a "
+                             "sharded model sums gradients only where it passes a block; leave the flag out")
         shard(model, plan)
     plan.check_model(model)
     optimizer = build_optimizer(model, plan, args)

@@ -117,8 +117,10 @@ class LoRALinear(nn.Linear):
     def _adapt(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         A, B, config = self.lora_A[name], self.lora_B[name], self.configs[name]
         x = F.dropout(x.to(A.dtype), config.dropout, self.training)
-        x = F.linear(x, A).flatten(0, -2)  # (N, r); the sum in one call: no second tensor as large as y
-        return torch.addmm(y.to(x.dtype).flatten(0, -2), x, B.t(), alpha=config.scale).to(y.dtype).view_as(y)
+        x = F.linear(x, A).reshape(-1, config.r)  # (N, r)
+        # Product and sum in one call: the product alone would be as large as y.
+        sums = torch.addmm(y.to(x.dtype).reshape(-1, self.out_features), x, B.t(), alpha=config.scale)
+        return sums.to(y.dtype).view_as(y)
 
     @torch.no_grad()
     def merged_weight(self, name: str) -> Tensor:

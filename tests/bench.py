@@ -632,7 +632,7 @@ def parse_args():
     """The flags."""
     parser = argparse.ArgumentParser(description="Measure speed and memory against the bars.")
     parser.add_argument("--only", default=",".join(BENCHES), help="names of %(default)s (default: all)")
-    parser.add_argument("--steps", type=int, default=5, help="training steps of each variant (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=8, help="training steps of each variant (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a shape of three blocks, three steps: does every line run")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
