@@ -72,6 +72,22 @@ def adapted(model):
 # adding
 
 
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3), (0, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_computes_its_formula_for_inputs_of_any_dimensions(shape, dtype):
+    torch.manual_seed(0)
+    layer = LoRALinear.of(torch.nn.Linear(6, 4).to(dtype))
+    A, B = torch.randn(2, 6), torch.randn(4, 2)
+    layer.add_adapter("a", lora.LoRAConfig(2, 3.0), A, B)
+    layer.active = "a"
+    x = torch.randn(*shape, 6).to(dtype)
+    W, b, wide = layer.weight.detach().double(), layer.bias.detach().double(), x.double()
+    expected = wide @ W.T + b + 3.0 / 2 * wide @ A.double().T @ B.double().T
+    y = layer(x)
+    assert y.shape == (*shape, 4) and y.dtype == dtype
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5 if dtype == torch.float32 else 2e-2, atol=1e-5 if dtype == torch.float32 else 4e-2)
+
+
 def test_a_new_adapter_is_active_and_changes_no_logit(model):
     before = model(IDS)
     add_lora(model, name="new")
