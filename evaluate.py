@@ -228,9 +228,9 @@ def example_nlls(model, encoded, batch_size: int = 16) -> list[tuple[float, int]
             first, end = torch.tensor([(e.n_prompt, len(e.ids)) for e in batch]).T[..., None]  # (B, 1) each
             place = torch.arange(1, ids.shape[1])  # (T,)
             wanted = (first <= place) & (place < end)  # (B, T)
-            # The head sees only the wanted places, 1024 at a time: all logits would be by far the largest tensor.
+            # The head sees only the wanted places, 128 at a time: all logits would be by far the largest tensor.
             hidden = model.features(ids[:, :-1].to(device))[wanted.to(device)]  # (B, T, C) -> (N, C)
-            parts = zip(hidden.split(1024), ids[:, 1:][wanted].to(device).split(1024))
+            parts = zip(hidden.split(128), ids[:, 1:][wanted].to(device).split(128))
             nlls = [F.cross_entropy(model.lm_head(h).float(), t, reduction="none") for h, t in parts]
             nlls = torch.cat(nlls).double().cpu().split(wanted.sum(1).tolist())
             results |= {i: (nats.sum().item(), len(nats)) for i, nats in zip(order[start:], nlls)}
