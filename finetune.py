@@ -281,7 +281,7 @@ def keep_memory() -> None:
     except (AttributeError, OSError, TypeError):
         return
     mallopt(-3, 1 << 30) or mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD; before glibc 2.35 at most 32 MiB
-    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    mallopt(-1, -1)  # M_TRIM_THRESHOLD: none
 
 
 @contextmanager
