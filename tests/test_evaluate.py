@@ -227,8 +227,9 @@ def test_answers_to_other_examples_are_refused(tmp_path):
         run([example(0)])
 
 
-def test_a_broken_line_in_the_middle_of_a_file_is_an_error_that_names_it(tmp_path):
-    (tmp_path / "r.jsonl").write_text('{"id": 0}\n{"id": 1\n{"id": 2}\n')
+@pytest.mark.parametrize("line", ['{"id": 1', "null", "[]"])
+def test_a_broken_line_in_the_middle_of_a_file_is_an_error_that_names_it(tmp_path, line):
+    (tmp_path / "r.jsonl").write_text('{"id": 0}\n' + line + '\n{"id": 2}\n')
     with pytest.raises(ValueError, match="r.jsonl, line 2"):
         E.read_records(tmp_path / "r.jsonl")
 
@@ -1024,6 +1025,26 @@ def test_ask_answers_one_instruction_or_each_line(real_run, capsys, monkeypatch)
     monkeypatch.setattr(sys, "stdin", io.StringIO("Say hello.\nSay hello.\n"))
     assert E.main([run, "--ask"]) == 0
     assert capsys.readouterr().out == one * 2
+    monkeypatch.setattr(sys, "stdin", None)  # closed
+    assert E.main([run, "--ask"]) == 0 and capsys.readouterr().out == ""
+
+
+def test_an_error_of_the_base_model_is_not_blamed_on_the_text(real_run, capsys):
+    weights = real_run / "base" / "model.safetensors"
+    before = weights.read_bytes()
+    try:
+        for damage, words in ((weights.unlink, "model.safetensors"), (lambda: weights.write_bytes(before[:-4]), str(weights))):
+            damage()
+            assert E.main([str(real_run / "run"), "--text", str(real_run / "text.txt")]) == 1
+            err = capsys.readouterr().err
+            assert words in err and "text.txt" not in err and err.count("\n") == 1
+    finally:
+        weights.write_bytes(before)
+    (real_run / "empty.txt").write_text("")
+    for text, words in (("empty.txt", "has none to predict"), ("none.txt", "no such text")):
+        assert E.main([str(real_run / "run"), "--text", str(real_run / text)]) == 1
+        err = capsys.readouterr().err
+        assert text in err and words in err
 
 
 # ---------------------------------------------------------------- pictures

@@ -785,6 +785,9 @@ def test_adaptive_instructions_are_the_shortest_that_are_no_harder_and_longer_wh
     threshold = sorted(entropy(records[38:]))[1]
     asked = ["Please" in r["instruction"] for r in responses]
     assert asked == [h > threshold for h in entropy(records[34:38])]
+    assert run(world, tmp_path / "none", "--data", leveled, "--instruction", "adaptive", "--max-length", 2) == 1
+    err = capsys.readouterr().err
+    assert f"error: {leveled}: training records" in err and err.count("\n") == 1
 
 
 def test_entropy_of_the_first_token_is_that_of_each_prompt_alone(world):

@@ -123,6 +123,17 @@ def test_a_signal_while_the_result_is_validated_or_saved_does_not_lose_it(world,
     assert result(tmp_path / "a") == result(tmp_path / "b")
 
 
+def test_a_run_stopped_after_its_last_step_resumes_in_the_epoch_of_that_step(world, tmp_path, monkeypatch):
+    flags = ["--max-steps", 2, "--epochs", 5, "--no-responses"]
+    assert run(world, tmp_path / "whole", *flags) == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        assert run(world, tmp_path / "r", *flags) == 143
+    assert step_of(tmp_path / "r") == 2
+    assert run(world, tmp_path / "r", *flags, "--resume") == 0
+    assert result(tmp_path / "r") == result(tmp_path / "whole") and metrics(tmp_path / "r")[-1]["epoch"] == 1
+
+
 def test_a_run_killed_before_its_first_line_does_not_occupy_the_folder(world, tmp_path):
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / ".lock").touch()
