@@ -7,14 +7,15 @@
 `freeze(model, policy)` turns a policy such as "last_two_blocks" or "lora,norms" into an exact set of
 parameter names, or raises: a term that matches nothing is an error, never a default. The `Plan` it
 returns keeps a sha256 of every tensor and checks, whenever asked, that the model, its optimizer, its
-gradients and at last its bytes are what the policy says. Every check has been seen to catch planted
+gradients and finally its bytes are what the policy says. Every check has been seen to catch planted
 violations, under `python -O` too (tests/test_freeze.py).
 
     plan = freeze(model, "last_two_blocks")                     # the model is complete and on its device
     optimizer = torch.optim.AdamW(plan.parameters(), lr=5e-5)
     plan.check_model(model); plan.check_optimizer(optimizer)    # before training
     loss.backward(); plan.check_gradients(model, step)          # in steps 1 and 2
-    plan.check_unchanged(model)                                 # at the end
+    plan.check_model(model); plan.check_optimizer(optimizer)    # at the end
+    plan.check_unchanged(model)
 
     python freeze.py --model tiny --trainable last_block        # what a policy would train
 """
@@ -80,51 +81,51 @@ def parse_policy(policy: str) -> list[tuple[bool, str]]:
     return terms
 
 
-def listed_blocks(term: str, n_layer: int) -> set[int]:
-    """The blocks of a term such as blocks:0-3,7."""
-    ranges = [re.fullmatch(r"(\d+)(?:-(\d+))?", part) for part in term.removeprefix("blocks:").split(",")]
-    ranges = [range(int(m[1]), int(m[2] or m[1]) + 1) if m else () for m in ranges]
-    if not all(ranges):
-        raise bad_policy(f"{term!r} is not a list of blocks such as blocks:0-3,7")
-    if max(blocks.stop for blocks in ranges) > n_layer:
-        raise bad_policy(f"{term!r}, but the model's {n_layer} blocks are 0 to {n_layer - 1}")
-    return set().union(*ranges)
-
-
 def chosen_blocks(term: str, n_layer: int, seed: int = 0, when=None) -> set[int]:
     """The blocks that a term names in a model of `n_layer`. For gradual:K and lisa:K@N those that train at
     when = (epochs, steps) done, or if that is None at any time. What is drawn depends on `seed` and `when` alone."""
     word, _, argument = term.partition(":")
     if word == "blocks":
-        return listed_blocks(term, n_layer)
+        ranges = [re.fullmatch(r"(\d+)(?:-(\d+))?", part) for part in argument.split(",")]
+        ranges = [range(int(m[1]), int(m[2] or m[1]) + 1) if m else () for m in ranges]
+        if not all(ranges):
+            raise bad_policy(f"{term!r} is not a list of blocks such as blocks:0-3,7")
+        if max(blocks.stop for blocks in ranges) > n_layer:
+            raise bad_policy(f"{term!r}, but the model's {n_layer} blocks are 0 to {n_layer - 1}")
+        return set().union(*ranges)
     count, at, period = argument.partition("@")
     if not re.fullmatch(r"\d+", count) or not 1 <= int(count) <= n_layer:
         raise bad_policy(f"{term!r} needs a number of blocks from 1 to the model's {n_layer}")
     if bool(at) != (word == "lisa") or (at and not re.fullmatch(r"0*[1-9]\d*", period)):
         raise bad_policy(f"{term!r} is not of the form {word}:K{'@N' * (word == 'lisa')}")
+    if term.startswith(DYNAMIC) and int(count) == n_layer:
+        raise bad_policy(f"{term!r} trains all {n_layer} blocks at any time and never changes; take fewer")
     k, every = int(count), range(n_layer)
     if word == "random":
         return set(random.Random(f"random {seed}").sample(every, k))
     if word == "lisa":
         return set(random.Random(f"lisa {seed} {when[1] // int(period)}").sample(every, k) if when else every)
     if word == "gradual":
-        return set(every[-min(n_layer, k + when[0]):] if when else every)
+        return set(every[-(k + when[0]):] if when else every)
     return set(every[:k] if word == "first" else every[-k:])
 
 
 def by_block(names) -> list[list[str]]:
     """The names of each block's own parameters, adapters left out."""
-    blocks = []
+    blocks, stacks = [], set()
     for name in names:
         if (match := BLOCK.search(name)) and not ADAPTER.search(name):
+            stacks.add(name[:match.start()] + "h")
             blocks += [[] for _ in range(len(blocks), int(match[1]) + 1)]
             blocks[int(match[1])].append(name)
+    if len(stacks) > 1:
+        raise bad_policy(f"the model has blocks in {' and in '.join(sorted(stacks))}: say which by patterns with *")
     return blocks
 
 
 def matching(model: nn.Module, term: str, names: list[str], batches, seed: int, scores: dict) -> set[str]:
-    """Those of `names` that one term matches at any time. Adapters are matched by `all`, `lora`, `hybrid` and
-    patterns alone, so that `lora,last_block` is every adapter and the last block's own weights. The final norm
+    """Those of `names` that one term matches at any time. Adapters are matched only by `all`, `lora`, `hybrid`
+    and patterns, so that `lora,last_block` is every adapter and the last block's own weights. The final norm
     goes with every choice of blocks but first:K, blocks: and lisa:K@N. Scores of blocks are put into `scores`."""
     base = [n for n in names if not ADAPTER.search(n)]
     term = {"last_block": "last:1", "last_two_blocks": "last:2"}.get(term, term)
@@ -164,20 +165,19 @@ def matching(model: nn.Module, term: str, names: list[str], batches, seed: int, 
 def shared_memory(model: nn.Module) -> list[list[str]]:
     """Groups of parameter names over the same memory: one tensor with two names, or overlapping views."""
     extents = []
-    for order, (name, p) in enumerate(model.named_parameters(remove_duplicate=False)):
+    for name, p in model.named_parameters(remove_duplicate=False):
         start, count = p.data_ptr(), 1 + sum((n - 1) * stride for n, stride in zip(p.shape, p.stride()))
         end = start + count * p.element_size()
-        if start == 0 or p.numel() == 0:  # on the meta device, or empty: only the object can be shared
+        if start == 0:  # on the meta device, or empty: only the object can be shared
             start, end = id(p), id(p) + 1
-        extents.append((str(p.device), start, order, end, name))
+        extents.append((str(p.device), start, end, name))
     groups, reach = [], ("", 0)
-    for device, start, _, end, name in sorted(extents):
-        if device == reach[0] and start < reach[1]:
+    for device, start, end, name in sorted(extents, key=lambda extent: extent[:2]):
+        if (device, start) < reach:
             groups[-1].append(name)
-            end = max(end, reach[1])
         else:
             groups.append([name])
-        reach = (device, end)
+        reach = max(reach, (device, end))
     return [group for group in groups if len(group) > 1]
 
 
@@ -186,7 +186,7 @@ def match_terms(model: nn.Module, policy: str, batches, seed: int, scores: dict)
     named = dict(model.named_parameters(remove_duplicate=False))
     first = {id(p): name for name, p in reversed(named.items())}
     untie = "or give it memory of its own (a tied head: --untie-head)"
-    terms, trainable = [], set()
+    terms = []
     for i, (minus, term) in enumerate(parse_policy(policy)):
         if term == "none" and (i or minus):
             raise bad_policy(f"'none' in {policy!r} can only come first")
@@ -197,15 +197,16 @@ def match_terms(model: nn.Module, policy: str, batches, seed: int, scores: dict)
             if (listed := first[id(named[name])]) not in found:
                 raise bad_policy(f"{term!r} is {name}, the same tensor as {listed}: name that one for both, {untie}")
         found &= set(first.values())
-        if minus and not found & trainable:
+        if minus and not found & combine(terms):
             raise bad_policy(f"-{term} in {policy!r} takes nothing away from what stands before it; "
                              "to train all but something, begin with all")
         if minus and term.startswith(DYNAMIC):
             raise bad_policy(f"-{term}: what changes as training goes on cannot be taken away")
         terms.append((minus, term, found))
-        trainable = trainable - found if minus else trainable | found
-    static = [t for t in terms if not t[1].startswith(DYNAMIC)]
-    if 0 < len(static) < len(terms) and combine(static) == trainable:
+    trainable, static = combine(terms), [t for t in terms if not t[1].startswith(DYNAMIC)]
+    if not trainable:
+        raise bad_policy("it trains nothing")
+    if len(static) < len(terms) and combine(static) == trainable:
         raise bad_policy(f"{policy!r} never changes, for the other terms train all its blocks")
     for group in shared_memory(model):
         if 0 < sum(first[id(named[name])] in trainable for name in group) < len(group):
@@ -221,8 +222,8 @@ def combine(terms: list[tuple[bool, str, set[str]]], n_layer: int = 0, seed: int
             blocks = chosen_blocks(term, n_layer, seed, when)
             found = {n for n in found if not (m := BLOCK.search(n)) or int(m[1]) in blocks}
         names = names - found if minus else names | found
-    if not names:
-        raise bad_policy("it trains nothing" + (f" after {when[1]} steps" if when else ""))
+    if when and not names:
+        raise bad_policy(f"it trains nothing after {when[1]} steps")
     return names
 
 
@@ -247,9 +248,8 @@ def batch_gradients(model: nn.Module, names: list[str], batches):
     model.eval()
     try:
         for i, (inputs, targets) in enumerate(batches):
-            device = leaves[names[0]].device
-            logits = torch.func.functional_call(model, leaves, (inputs.to(device),))  # (B, T, V)
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.to(device).flatten(), ignore_index=-100)
+            logits = torch.func.functional_call(model, leaves, (inputs.to(leaves[names[0]].device),))  # (B, T, V)
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.to(logits.device).flatten(), ignore_index=-100)
             if not loss.isfinite():
                 raise bad_policy(f"the loss of batch {i} is {loss.item()}: is there no target?")
             yield torch.autograd.grad(loss, [leaves[name] for name in names])
@@ -285,14 +285,13 @@ def signal_to_noise(weight: Tensor) -> float:
 def spectrum_ranks(model: nn.Module) -> list[float]:
     """For each block the mean rank of its matrices by signal-to-noise, among those of the same kind: how many
     blocks a matrix exceeds. (Spectrum takes the best of each kind; here whole blocks are chosen.)"""
-    named, noise = dict(model.named_parameters()), []
+    named, ratios = dict(model.named_parameters()), []
     for block in by_block(named):
         for n in block:
             if not named[n].isfinite().all():
                 raise bad_policy(f"spectrum:K ranks by the weights, and {n} holds NaN or inf")
-        noise.append({BLOCK.sub("", n): signal_to_noise(named[n]) for n in block if named[n].dim() == 2})
-    above = lambda kind, snr: sum(other[kind] < snr for other in noise)
-    return [sum(above(kind, snr) for kind, snr in own.items()) / len(own) for own in noise]
+        ratios.append({BLOCK.sub("", n): signal_to_noise(named[n]) for n in block if named[n].dim() == 2})
+    return [sum(other[kind] < snr for kind, snr in own.items() for other in ratios) / len(own) for own in ratios]
 
 
 def rank_shortfalls(model: nn.Module, batches) -> dict[str, float]:
@@ -360,18 +359,23 @@ def digests(named: dict[str, Tensor]) -> dict[str, str]:
         return dict(zip(named, pool.map(digest, named.values())))
 
 
-def drops(module: nn.Module) -> bool:
-    """Whether a module has dropout: nn.Dropout, or attention with a rate in its attribute `dropout`."""
-    rate = module.p if isinstance(module, nn.Dropout) else getattr(module, "dropout", 0.0)
-    return isinstance(rate, float) and rate > 0
+def places(model: nn.Module) -> dict[str, tuple]:
+    """What each name stands for, a tied tensor's second one too: the parameter, and where and how it lies in memory."""
+    return {n: (id(p), p.data_ptr(), p.dtype, p.shape, p.stride()) for n, p in model.named_parameters(remove_duplicate=False)}
+
+
+def has_dropout(module: nn.Module) -> bool:
+    """Whether a module has dropout: one of torch's kinds, attention with a rate in `dropout`, or an adapter with one."""
+    rates = [module.p] if isinstance(module, nn.modules.dropout._DropoutNd) else [getattr(module, "dropout", 0)]
+    rates += [config.dropout for config in getattr(module, "configs", {}).values()]
+    return any(isinstance(rate, (int, float)) and rate > 0 for rate in rates)
 
 
 def freeze(model: nn.Module, policy: str, *, batches=None, seed: int = 0) -> "Plan":
     """Set requires_grad to what `policy` says and nothing else, clear gradients, and record the proof. Call it when
     the model is complete: adapters added, weights loaded, on its device. A policy that is wrong is a ValueError.
     `batches`, as in `batch_gradients`, are for rgn:K and hybrid:SHARE; `seed` is for random:K and lisa:K@N."""
-    scores = {}
-    return Plan(model, policy, match_terms(model, policy, batches, seed, scores), seed, scores)
+    return Plan(model, policy, batches, seed)
 
 
 class Plan:
@@ -385,20 +389,22 @@ class Plan:
     scores              {term: score of each block} of rgn:K and spectrum:K
     """
 
-    def __init__(self, model: nn.Module, policy: str, terms: list[tuple[bool, str, set[str]]], seed: int, scores: dict):
+    def __init__(self, model: nn.Module, policy: str, batches, seed: int):
+        self.policy, self.scores, self.checks = policy, {}, Counter()
+        terms = match_terms(model, policy, batches, seed, self.scores)
         start = time.perf_counter()
-        self.policy, self.scores, self.checks = policy, scores, Counter()
         self._hold(model)
         self.eligible = sorted(combine(terms))
         dynamic = [term for _, term, _ in terms if term.startswith(DYNAMIC)]
         self._schedule = (terms, len(by_block(self.named)), seed) if dynamic else None
         self._switch(combine(*self._schedule, when=(0, 0)) if dynamic else set(self.eligible))
         resolved = [(name, list(p.shape), name in self.eligible) for name, p in sorted(self.named.items())]
-        resolved += [(*dynamic, seed)] if dynamic else []
+        resolved += [seed, *((minus, term, sorted(found)) for minus, term, found in terms)] if dynamic else []
         self.fingerprint = hashlib.sha256(json.dumps(resolved).encode()).hexdigest()
         self._digests = digests(self.named)
         self._buffers = digests(dict(model.named_buffers()))
-        self._step, self._since = 0, {}  # steps done; those done when a parameter was last unfrozen
+        # Steps done; under a dynamic policy, those done when a parameter was last unfrozen.
+        self._step, self._since = 0, dict.fromkeys(self.trainable, 0) if dynamic else {}
         self._idle = set()  # trained for a while, frozen again, and not changed in between
         self.changed = set()
         self._alive = set()  # trainables whose gradient was seen to be non-zero
@@ -413,8 +419,7 @@ class Plan:
 
     def parameters(self) -> list[nn.Parameter]:
         """Exactly what the optimizer should be given, in the model's order."""
-        eligible = set(self.eligible)
-        return [p for name, p in self.named.items() if name in eligible]
+        return [p for name, p in self.named.items() if name in self.eligible]
 
     def due(self, epoch: int, step: int) -> set[str]:
         """The names that train after so many epochs and optimizer steps: always the same, unless the policy is dynamic."""
@@ -459,12 +464,9 @@ class Plan:
                    f"frozen under {self.policy!r}, but requires_grad is True")
             refuse((n for n in self.trainable if not self.named[n].requires_grad),
                    f"trained under {self.policy!r}, but requires_grad is False")
-            now, then = shared_memory(model), self._shared
-            refuse((" and ".join(group) for group in now + then if group not in now or group not in then),
-                   "memory became shared, or ceased to be, since freezing")
             now, then = digests(dict(model.named_buffers())), self._buffers
             refuse((n for n in now | then if now.get(n) != then.get(n)), "buffers changed since freezing")
-            if any(drops(module) for module in model.modules()):
+            if any(has_dropout(module) for module in model.modules()):
                 active = [n for n, part, rests in self._parts(model) if rests and any(m.training for m in part.modules())]
                 refuse(active, "frozen, but in train mode (call plan.set_modes(model) after model.train())")
 
@@ -495,8 +497,7 @@ class Plan:
             grads = {n: self.named[n].grad for n in self.trainable if self.named[n].numel()}
             refuse((n for n in grads if grads[n] is None), "should train, but has no gradient")
             # The largest magnitude can neither overflow nor underflow, and NaN stays NaN in it.
-            largest = [torch.linalg.vector_norm(whole(g), torch.inf).float() for g in grads.values()]
-            largest = dict(zip(grads, torch.stack(largest).tolist()))
+            largest = {n: torch.linalg.vector_norm(whole(g), torch.inf).item() for n, g in grads.items()}
             refuse((n for n in grads if not largest[n] < torch.inf), "the gradient is not finite")
             self._alive |= {n for n in grads if largest[n] > 0}
             if step >= 2:
@@ -520,7 +521,7 @@ class Plan:
         """For `resume`, JSON-able: the digest of each tensor is from when it was last frozen or unfrozen."""
         return {"policy": self.policy, "fingerprint": self.fingerprint, "trainable": list(self.trainable),
                 "digests": dict(self._digests), "step": self._step, "since": dict(self._since), "idle": sorted(self._idle),
-                "changed": sorted(self.changed)}
+                "changed": sorted(self.changed), "buffers": self._buffers}
 
     def resume(self, model: nn.Module, proof: dict) -> None:
         """Go on with the `proof` of an interrupted run, whose weights `model` now has: the policy must be the same,
@@ -529,7 +530,7 @@ class Plan:
             if proof["fingerprint"] != self.fingerprint:
                 raise FreezeError(f"the checkpoint trained {proof['policy']!r}, which on this model is not "
                                   f"{self.policy!r}: other names, shapes or trainables")
-            self._digests, self._since = dict(proof["digests"]), dict(proof["since"])
+            self._digests, self._since, self._buffers = dict(proof["digests"]), dict(proof["since"]), proof["buffers"]
             self._step, self._idle, self.changed = proof["step"], set(proof["idle"]), set(proof["changed"])
             if self._schedule:
                 self._switch(set(proof["trainable"]))
@@ -558,7 +559,7 @@ class Plan:
     def _hold(self, model: nn.Module) -> None:
         """Note each name, a tied tensor's second one too, with the object and the address it stands for."""
         self.named = dict(model.named_parameters())
-        self._objects = {n: (p, p.data_ptr()) for n, p in model.named_parameters(remove_duplicate=False)}
+        self._places = places(model)
         self._shared = shared_memory(model)
 
     def _switch(self, trainable: set[str]) -> None:
@@ -584,11 +585,10 @@ class Plan:
 
     def _check_objects(self, model: nn.Module) -> None:
         """Every name stands for the parameter, over the memory, for which it stood at freezing."""
-        now = dict(model.named_parameters(remove_duplicate=False))
-        refuse(self._objects.keys() - now.keys(), "no longer in the model")
-        refuse(now.keys() - self._objects.keys(), "not in the model at freezing")
-        refuse((n for n, (p, address) in self._objects.items() if now[n] is not p or p.data_ptr() != address),
-               "replaced since freezing")
+        now = places(model)
+        refuse(self._places.keys() - now.keys(), "no longer in the model")
+        refuse(now.keys() - self._places.keys(), "not in the model at freezing")
+        refuse((n for n in now if now[n] != self._places[n]), "replaced since freezing")
 
     def _parts(self, model: nn.Module):
         """(name, module, rests?) of each block, which rests if nothing in it trains, and of dropout outside
@@ -598,7 +598,7 @@ class Plan:
         for name, module in model.named_modules():
             block = BLOCK.search(name + ".")
             if block and block.end() > len(name):
-                yield name, module, not any(n.startswith(name + ".") for n in self.trainable)
+                yield name, module, not any(p.requires_grad for p in module.parameters())
             elif not block and isinstance(module, nn.Dropout):
                 yield name, module, not embeddings
 
@@ -658,6 +658,8 @@ def main(argv=None) -> int:
         if args.trainable is None:
             args.trainable = "all" if args.lora_r is None else "lora"
         plan = freeze(model, args.trainable)
+        if args.lora_r is not None and not any(map(ADAPTER.search, plan.eligible)):
+            raise ValueError(f"--lora-r {args.lora_r}: no adapter trains under --trainable {args.trainable}; add lora to it")
         code = 1
         print(table(plan), plan.summary(), sep="\n\n", flush=True)
     except BrokenPipeError:  # `| head` has seen enough; at exit Python would flush into it again

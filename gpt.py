@@ -635,20 +635,22 @@ def read_header(path: Path) -> dict[str, tuple]:
     size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or not 2 <= length <= min(size - 8, 100_000_000):
+        if not 2 <= length <= min(size - 8, 100_000_000):
             raise ValueError(f"{path}: not a safetensors file, or cut short ({size} bytes)")
         text = file.read(length)
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
         metadata = header.pop("__metadata__", {})
         if not all(isinstance(value, str) for value in metadata.values()):
-            raise ValueError("__metadata__ holds something else than text")
+            raise ValueError("__metadata__ holds something other than text")
         entries = {}
         for name, entry in header.items():
+            if not name.isprintable():  # it could control the terminal
+                raise ValueError(f"tensor name {name!r}")
             if entry["dtype"] not in DTYPES:
-                raise ValueError(f"dtype {entry['dtype']} of tensor {name} is not supported")
+                raise ValueError(f"dtype {entry['dtype']!r} of tensor {name} is not supported")
             shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
-            if any(type(n) is not int or n < 0 for n in (*shape, begin, end)):
+            if any(type(n) is not int or n < 0 for n in (*shape, begin, end)) or math.prod(n or 1 for n in shape) >= 2**48:
                 raise ValueError(f"tensor {name} has shape {shape} at {begin}:{end}")
             if end - begin != math.prod(shape) * DTYPES[entry["dtype"]].itemsize:
                 raise ValueError(f"tensor {name} of shape {shape} does not fill bytes {begin}:{end}")

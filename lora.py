@@ -71,27 +71,15 @@ class LoRALinear(nn.Linear):
     The sum is cast back, so the output has the dtype of the plain layer's.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self._start()
-
-    def _start(self):
-        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()  # name -> [r, in], [out, r]
-        self.configs = {}  # name -> LoRAConfig
-        self.active = None  # a name, None, or a list of them: one per batch row
-
     @classmethod
     def of(cls, linear: nn.Linear) -> "LoRALinear":
         """The same module as a LoRALinear: in place, so whoever holds it or its parameters still does."""
         if not isinstance(linear, cls):
             linear.__class__ = cls
-            linear._start()
+            linear.lora_A, linear.lora_B = nn.ParameterDict(), nn.ParameterDict()  # name -> [r, in], [out, r]
+            linear.configs = {}  # name -> LoRAConfig
+            linear.active = None  # a name, None, or a list of them: one per batch row
         return linear
-
-    def to_linear(self) -> None:
-        """The same module as a plain nn.Linear, without its adapters."""
-        del self.lora_A, self.lora_B, self.configs, self.active
-        self.__class__ = nn.Linear
 
     def add_adapter(self, name: str, config: LoRAConfig, A: Tensor | None = None, B: Tensor | None = None):
         """A new adapter: A [r, in] and B [out, r] as given, or the identity (A Kaiming-uniform, B zero)."""
@@ -109,7 +97,7 @@ class LoRALinear(nn.Linear):
             return self._adapt(self.active, x, y) if self.active in self.configs else y
         if len(self.active) != len(x):
             raise ValueError(f"use_lora was given {len(self.active)} rows, but the batch has {len(x)}")
-        for name in self.configs.keys() & set(self.active):
+        for name in [n for n in self.configs if n in self.active]:  # in one order: each draws its dropout
             rows = torch.tensor([i for i, n in enumerate(self.active) if n == name], device=x.device)
             y = y.index_copy(0, rows, self._adapt(name, x[rows], y[rows]))
         return y
@@ -181,9 +169,9 @@ def _add(model: nn.Module, adapter: str, layers: dict) -> None:
         raise ValueError(f"{adapter!r} cannot name an adapter: take letters, digits, _ and - (no dict method)")
     if adapter in _adapters(model):
         raise ValueError(f"the model already has an adapter {adapter!r}: choose another name")
-    linears, owners = _linears(model), Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    linears, owners = _linears(model), Counter(p.data_ptr() or id(p) for _, p in model.named_parameters(remove_duplicate=False))
     for name in layers:
-        if owners[id(linears[name].weight)] > 1:
+        if owners[linears[name].weight.data_ptr() or id(linears[name].weight)] > 1:
             raise ValueError(f"{name} shares its weight with another module, which merging would change too: "
                              "untie it (tie_word_embeddings=False) or leave it out of the targets")
     for name in linears:  # in the model's order: one seed, one initialization, however targets are ordered
@@ -231,9 +219,9 @@ def merge_lora(model: nn.Module, name: str = "default") -> None:
         if not torch.isfinite(layer.merged_weight(name)).all():
             raise ValueError(f"merging {name!r} would make {n}.weight NaN or inf")
     for layer in layers.values():
-        with torch.no_grad():
-            layer.weight.copy_(layer.merged_weight(name))
-        layer.to_linear()
+        layer.weight.detach().copy_(layer.merged_weight(name))
+        del layer.lora_A, layer.lora_B, layer.configs, layer.active
+        layer.__class__ = nn.Linear
 
 
 def lora_state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
@@ -271,7 +259,8 @@ def write_adapter(folder: str | Path, layers: dict, targets, base: str) -> None:
         paths[path] = config
         tensors |= {f"base_model.model.{path}.lora_A.weight": A, f"base_model.model.{path}.lora_B.weight": B}
     common = Counter(paths.values()).most_common(1)[0][0]
-    if (Path(base) / "config.json").is_file():
+    base = str(base or "")
+    if base and (Path(base) / "config.json").is_file():
         base = str(Path(base).resolve())  # so that peft finds it from any working directory
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "adapter_config.json").unlink(missing_ok=True)  # an old config must not meet new weights
@@ -325,7 +314,7 @@ def _check_options(config: dict) -> None:
 def _parse_layers(config: dict, tensors: dict[str, Tensor]) -> dict:
     pairs, layers = {}, {}
     for key, tensor in tensors.items():
-        match = re.fullmatch(r"base_model\.model\.(?:transformer\.|(?=lm_head\.))(.+)\.lora_([AB])\.weight", key)
+        match = re.fullmatch(r"base_model\.model\.(?:transformer\.(?!lm_head\.)|(?=lm_head\.))([\w.]+)\.lora_([AB])\.weight", key)
         if not match:
             raise ValueError(f"unexpected tensor {key}")
         if tensor.dim() != 2 or not tensor.is_floating_point() or not torch.isfinite(tensor).all():
@@ -455,20 +444,22 @@ def read_header(path: Path) -> dict[str, tuple]:
     size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or not 2 <= length <= min(size - 8, 100_000_000):
+        if not 2 <= length <= min(size - 8, 100_000_000):
             raise ValueError(f"{path}: not a safetensors file, or cut short ({size} bytes)")
         text = file.read(length)
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
         metadata = header.pop("__metadata__", {})
         if not all(isinstance(value, str) for value in metadata.values()):
-            raise ValueError("__metadata__ holds something else than text")
+            raise ValueError("__metadata__ holds something other than text")
         entries = {}
         for name, entry in header.items():
+            if not name.isprintable():  # it could control the terminal
+                raise ValueError(f"tensor name {name!r}")
             if entry["dtype"] not in DTYPES:
-                raise ValueError(f"dtype {entry['dtype']} of tensor {name} is not supported")
+                raise ValueError(f"dtype {entry['dtype']!r} of tensor {name} is not supported")
             shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
-            if any(type(n) is not int or n < 0 for n in (*shape, begin, end)):
+            if any(type(n) is not int or n < 0 for n in (*shape, begin, end)) or math.prod(n or 1 for n in shape) >= 2**48:
                 raise ValueError(f"tensor {name} has shape {shape} at {begin}:{end}")
             if end - begin != math.prod(shape) * DTYPES[entry["dtype"]].itemsize:
                 raise ValueError(f"tensor {name} of shape {shape} does not fill bytes {begin}:{end}")
@@ -534,7 +525,7 @@ def show(args) -> str:
     config, layers = read_adapter(args.folder)
     targets, matrices = config["target_modules"], [t for _, A, B in layers.values() for t in (A, B)]
     width = max(map(len, layers))
-    plain = lambda text: text if str(text).isprintable() else repr(text)  # a stranger's file shall not steer the terminal
+    plain = lambda text: text if str(text).isprintable() else repr(text)  # a stranger's file must not control the terminal
     lines = [f"base     {plain(config.get('base_model_name_or_path'))}",
              f"targets  {plain(targets if isinstance(targets, str) else ', '.join(targets))}",
              f"size     {len(layers)} layers, {sum(t.numel() for t in matrices):,} parameters, {sum(t.nbytes for t in matrices):,} bytes",

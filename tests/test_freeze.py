@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import random
 import re
 import runpy
 import subprocess
@@ -238,6 +239,8 @@ WRONG = [  # policy, model, what the message says
     ("all,lisa:1@2", {}, "never changes"),
     ("lisa:1@2,-h.*", {}, "trains nothing"),
     ("gradual:1,last:3", {}, "never changes"),
+    ("gradual:3", {}, "never changes"),
+    ("lisa:3@2,norms", {}, "never changes"),
 ]
 
 
@@ -530,12 +533,26 @@ def memory_shared_across_the_border(run):
     run.model.h[2].ln_1.weight.data = run.model.h[0].ln_1.weight.data
 
 
-@violation("check_model", "memory became shared.*: h.0.ln_1.weight and h.0.ln_1.bias")
+@violation("check_model", "replaced since freezing: h.0.ln_1.weight")
 def a_view_widened_into_its_neighbour(run):
     flat = torch.randn(16)
     run.model.h[0].ln_1.weight.data, run.model.h[0].ln_1.bias.data = flat[:8], flat[8:]
     run.plan = freeze(run.model, "last_block")
     run.model.h[0].ln_1.weight.data = flat[:9]
+
+
+@violation("check_unchanged", "replaced since freezing: h.2.attn.c_proj.weight")
+def a_trainable_transposed_where_it_lies(run):
+    run.train()
+    run.model.h[2].attn.c_proj.weight.data = run.model.h[2].attn.c_proj.weight.data.t()
+
+
+@violation("check_model", "frozen, but in train mode .*: drop, h.0$")
+def a_frozen_block_whose_adapters_drop(run):
+    run.model = small()
+    add_lora(run.model, r=2, dropout=0.5)
+    run.plan = freeze(run.model, "lora,-h.0.*")
+    run.model.train()
 
 
 @violation("check_model", "buffers changed since freezing: steps")
@@ -800,7 +817,9 @@ def a_resume_with_another_rank(run):
 
 @violation("resume", "frozen, but changed: h.0")
 def a_resume_over_another_base(run):
-    run.proof = freeze(small(seed=1), "last_block").proof
+    other = small(seed=1)
+    other.register_buffer("steps", torch.zeros(3))
+    run.proof = freeze(other, "last_block").proof
 
 
 @violation("resume", "frozen, but changed: h.1.ln_1.bias")
@@ -808,6 +827,19 @@ def a_resume_from_a_checkpoint_with_a_changed_frozen_tensor(run):
     run.proof = run.plan.proof
     with torch.no_grad():
         run.model.h[1].ln_1.bias[7] = 1e-30
+
+
+@violation("resume", "buffers changed since freezing: steps")
+def a_resume_with_another_buffer(run):
+    run.proof = run.plan.proof
+    run.model.steps += 1
+    run.plan = freeze(run.model, "last_block")
+
+
+@violation("resume", "not 'lisa:1@2,ln_f.")
+def a_resume_under_a_policy_that_draws_from_the_same_parameters(run):
+    run.proof = freeze(run.model, "lisa:1@2,norms").proof
+    run.plan = freeze(run.model, "lisa:1@2,ln_f.*")
 
 
 @violation("resume", "requires_grad is True: wpe.weight")
@@ -1098,10 +1130,26 @@ def test_lisa_is_a_function_of_seed_and_step():
 
 
 def test_a_draw_that_leaves_nothing_to_train_is_an_error():
-    with pytest.raises(ValueError, match="trains nothing"):
-        plan = freeze(small(), "lisa:1@1,-h.1.*")
+    seed = next(seed for seed in range(9) if random.Random(f"lisa {seed} 0").sample(range(3), 1) != [1])
+    plan = freeze(small(), "lisa:1@1,-h.1.*", seed=seed)
+    with pytest.raises(ValueError, match="trains nothing after"):
         for step in range(20):
             plan.advance(0, step)
+
+
+@pytest.mark.parametrize("policy, away", [("lisa:1@2,-norms", "ln_"), ("gradual:1,-ln_f.*", "ln_f"), ("gradual:1,embeddings,-wpe*", "wpe")])
+def test_something_can_be_taken_away_from_what_changes(policy, away):
+    plan = freeze(small(), policy)
+    for step in range(6):
+        plan.advance(step, step)
+        assert plan.trainable and not any(away in n for n in plan.trainable)
+
+
+def test_a_first_step_without_an_update_is_no_alarm_where_the_set_changes_after_it():
+    run = Run("lisa:1@1")
+    run.backward()  # its optimizer step was skipped
+    run.train(12)
+    run.check("check_unchanged")
 
 
 def test_lisa_keeps_optimizer_state_for_what_trains_only():
@@ -1248,11 +1296,53 @@ def test_the_script_adds_adapters_and_unties_the_head(folder, capsys):
     assert ["lm_head", "232", "w"] in [line.split() for line in capsys.readouterr().out.splitlines()]
 
 
+def test_blocks_of_two_stacks_are_not_taken_for_one():
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.student, self.teacher = small(), small()
+
+    with pytest.raises(ValueError, match=r"blocks in student.h and in teacher.h: say which by patterns"):
+        freeze(Pair(), "last_block")
+    assert freeze(Pair(), "student.h.2.*").trainable == sorted(f"student.{n}" for n in block(2))
+
+
+def test_a_block_that_holds_second_names_only_stays_in_train_mode():
+    model = small(dropout=0.1)
+    for shared in model.h[1:]:  # one set of weights for all blocks
+        for (_, mine), (name, _) in zip(model.h[0].named_modules(), shared.named_modules()):
+            for leaf, p in mine.named_parameters(recurse=False):
+                setattr(shared.get_submodule(name), leaf, p)
+    plan = freeze(model, "all")
+    plan.set_modes(model.train())
+    plan.check_model(model)
+    assert [h.training for h in model.h] == [True] * 3
+
+
+@pytest.mark.parametrize("size", [1e100, 1e-100])
+def test_gradients_in_double_precision_are_neither_infinite_nor_zero(size):
+    model = nn.Linear(2, 2).double()
+    plan = freeze(model, "all")
+    (model(torch.ones(1, 2).double()).sum() * size).backward()
+    plan.check_gradients(model, 2)
+    model.weight.grad[0, 0] = float("inf")
+    with pytest.raises(FreezeError, match="not finite"):
+        plan.check_gradients(model, 2)
+
+
+def test_an_empty_tensor_alone_has_no_gradient_to_check():
+    model = nn.Linear(3, 0)
+    plan = freeze(model, "all")
+    plan.check_gradients(model, 1)
+    plan.check_unchanged(model)
+
+
 @pytest.mark.parametrize("flags, code, says", [
     (["--trainable", "head"], 2, "--untie-head"),
     (["--trainable", "last:9"], 2, "'last:9'"),
     (["--trainable", ""], 2, "unknown term ''"),
     (["--lora-r", "0"], 2, "0"),
+    (["--lora-r", "2", "--trainable", "last_block"], 2, "no adapter trains under --trainable last_block"),
     (["--model", "no/such/folder"], 1, "no/such/folder"),
 ])
 def test_the_script_says_what_is_wrong_in_one_line(folder, capsys, flags, code, says):

@@ -206,6 +206,13 @@ def test_a_name_can_be_added_once(model):
     assert len(adapted(model)) == 2
 
 
+def test_a_weight_over_memory_that_another_module_uses_too_is_not_adapted():
+    model = random_model(replace(TINY, tie_word_embeddings=False))
+    model.lm_head.weight = torch.nn.Parameter(model.wte.weight.data)
+    with pytest.raises(ValueError, match="lm_head shares its weight"):
+        add_lora(model, targets=["lm_head"])
+
+
 def test_an_untied_head_can_be_adapted_and_merged_without_touching_the_embedding():
     model = random_model(replace(TINY, tie_word_embeddings=False))
     wte = model.wte.weight.clone()
@@ -273,6 +280,17 @@ def test_each_row_of_a_mixed_batch_equals_the_single_adapter_forward(model):
     for i, name in enumerate(rows):
         torch.testing.assert_close(mixed[i], singles[name][i], rtol=0, atol=2e-6)
         assert all((mixed[i] - singles[o][i]).abs().max() > 0.05 for o in singles if o != name)
+
+
+def test_adapters_of_a_mixed_batch_draw_their_dropout_in_the_order_they_were_added(model, monkeypatch):
+    names, drawn = [f"adapter{i}" for i in range(8)], []
+    for name in names:
+        add_lora(model, name=name, targets=["h.0.attn.c_attn"])
+    true = lora.LoRALinear._adapt
+    monkeypatch.setattr(lora.LoRALinear, "_adapt", lambda self, name, x, y: (drawn.append(name), true(self, name, x, y))[1])
+    use_lora(model, names[::-1])
+    model(IDS[:1].repeat(8, 1))
+    assert drawn == names
 
 
 def test_the_rows_of_one_adapter_alone_reach_its_gradient(model):
@@ -528,7 +546,7 @@ def test_a_folder_as_base_is_recorded_so_that_it_is_found_from_anywhere(model, t
     monkeypatch.chdir(tmp_path)
     model.save_pretrained("base")
     add_lora(model)
-    for base, recorded in (("base", str(tmp_path / "base")), ("gpt2", "gpt2")):
+    for base, recorded in (("base", str(tmp_path / "base")), (Path("base"), str(tmp_path / "base")), ("gpt2", "gpt2")):
         save_lora(model, "a", base=base)
         assert read_adapter("a")[0]["base_model_name_or_path"] == recorded
 
@@ -586,6 +604,7 @@ def edit(folder, config=None, tensors=None):
      "unexpected tensor base_model.model.transformer.h.0.ln_1"),
     ({}, {"h.0.attn.c_attn.lora_A.weight": torch.ones(3, 16)}, "unexpected tensor h.0"),
     ({}, {P + "A.default.weight": torch.ones(3, 16)}, "unexpected tensor"),
+    ({}, {"base_model.model.transformer.lm_head.lora_A.weight": torch.ones(3, 16)}, "unexpected tensor base_model.model.transformer.lm_head"),
     ({}, {"base_model.model.h.0.attn.c_attn.lora_A.weight": torch.ones(3, 16)},
      "unexpected tensor base_model.model.h.0"),
     ({}, {P + "A.weight": torch.full((3, 16), math.nan)}, "A.weight is not a finite matrix"),
@@ -632,15 +651,23 @@ def test_a_malformed_adapter_is_refused_in_one_line_and_leaves_the_model_as_it_w
     assert not adapted(model)
 
 
+def header(text):
+    return len(text).to_bytes(8, "little") + text
+
+
 @pytest.mark.parametrize("file, content", [
+    ("adapter_model.safetensors", header(b'{"a": {"dtype": "F32", "shape": [0, 4611686018427387904, 4611686018427387904], "data_offsets": [0, 0]}}')),
+    ("adapter_model.safetensors", header(b'{"a": {"dtype": "F32", "shape": [0, 1180591620717411303424], "data_offsets": [0, 0]}}')),
+    ("adapter_model.safetensors", header(b'{"a\\u001b[2J": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}') + bytes(4)),
     ("adapter_config.json", b"{"), ("adapter_config.json", b"[]"), ("adapter_model.safetensors", b"version https://git-lfs"),
     ("adapter_model.safetensors", b"\x02" + bytes(7) + b"{}"),
 ])
 def test_a_broken_file_is_refused_by_name(tmp_path, file, content):
     save_lora(alone("default"), tmp_path)
     (tmp_path / file).write_bytes(content)
-    with pytest.raises(ValueError, match=tmp_path.name):
+    with pytest.raises(ValueError, match=tmp_path.name) as error:
         load_lora(random_model(), tmp_path)
+    assert str(error.value).isprintable()
 
 
 @pytest.mark.parametrize("n_layer", [1, 3])
@@ -769,6 +796,15 @@ def test_combine_is_the_weighted_sum_of_the_deltas(two, capsys, weights):
         torch.testing.assert_close(delta(two / "c", name), expected, rtol=1e-5, atol=1e-6)
     settings = {n: c for n, (c, _, _) in read_adapter(two / "c")[1].items()}
     assert settings["h.0.attn.c_attn"] == LoRAConfig(3, 3) and settings["h.0.mlp.c_fc"] == LoRAConfig(8, 8)
+
+
+def test_a_base_that_is_not_recorded_is_not_the_working_directory(two, monkeypatch):
+    for name in "ab":
+        edit(two / name, {"base_model_name_or_path": None})
+    random_model().save_pretrained(two / "model")
+    monkeypatch.chdir(two / "model")
+    assert main(["combine", "--adapter", f"{two}/a=1", f"{two}/b=1", "--out", str(two / "c")]) == 0
+    assert json.loads((two / "c" / "adapter_config.json").read_text())["base_model_name_or_path"] == ""
 
 
 def test_a_combined_adapter_loads_in_peft_with_identical_logits(two, hf_model):
