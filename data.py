@@ -46,7 +46,7 @@ TEMPLATES = {  # before the input, its part (left out where there is no input), 
     "chatml": ("<|im_start|>user\n{instruction}", "\n{input}", "<|im_end|>\n<|im_start|>assistant\n"),
     "plain": ("{instruction}", "\n{input}", "\n"),
 }
-PAIRS = (("instruction", "output"), ("prompt", "completion"), ("question", "answer"))
+FORMS = (("instruction", "output"), ("prompt", "completion"), ("question", "answer"), ("messages",), ("conversations",))
 NOT_JSON = {  # how files begin that are often taken for data
     b"\x1f\x8b": "compressed with gzip; run gunzip on it",
     b"version https://git-lfs": "a git-lfs pointer; run git lfs pull to get the data",
@@ -194,17 +194,21 @@ def _to_example(record) -> dict:
     """A record of any accepted form, checked: instruction, input, output and its other keys."""
     if not isinstance(record, dict):
         raise ValueError(f"a record is an object with named fields, not {type(record).__name__}")
-    rest = dict(record)
-    chat = next((key for key in ("messages", "conversations") if key in rest), None)
-    names = next((pair for pair in PAIRS if rest.keys() >= set(pair)), None)
-    if names:
-        question, answer = (rest.pop(name) for name in names)
-    elif chat:
-        names = f"question in {chat}", f"answer in {chat}"
-        question, answer = _one_turn(rest.pop(chat))
-    else:
+    forms = [form for form in FORMS if record.keys() >= set(form)]
+    if not forms:
         raise ValueError(f"fields {list(record)}; needed: instruction and output, prompt and completion, "
                          "question and answer, messages, or conversations")
+    given = [form for form in forms if any(record[name] is not None for name in form)]
+    if len(given) > 1:
+        raise ValueError(f"both {given[0][0]} and {given[1][0]} are given; remove one")
+    names = (given or forms)[0]
+    others = set(sum(FORMS, ())) - set(names)  # where data sets are merged, the fields of one are null in the other's records
+    rest = {name: value for name, value in record.items() if name not in others or value is not None}
+    if len(names) == 2:
+        question, answer = (rest.pop(name) for name in names)
+    else:
+        question, answer = _one_turn(rest.pop(names[0]))
+        names = f"question in {names[0]}", f"answer in {names[0]}"
     given = rest.pop("input", None)
     example = {"instruction": question, "input": "" if given is None else given, "output": answer}
     for name, text in zip((names[0], "input", names[1]), example.values()):
@@ -228,21 +232,21 @@ def _one_turn(messages) -> tuple[str, str]:
         roles = [{"human": "user", "gpt": "assistant"}.get(role, role) for role, _ in turns]
         texts = [text + "" for _, text in turns]
     except (AttributeError, TypeError):
-        raise ValueError("messages must be a list of objects with role and content") from None
+        raise ValueError("messages must be a list of objects with role and content, both text") from None
     if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
         raise ValueError(f"messages of {', '.join(map(str, roles)) or 'nobody'}; needed: one of user, one of assistant "
                          "(and one of system before them): split multi-turn conversations")
-    return "\n\n".join(text for text in texts[:-1] if text.strip()), texts[-1]
+    return "\n\n".join(text for text in texts[:-1] if text.strip()) if texts[-2].strip() else "", texts[-1]
 
 
 def split_examples(examples, train=0.85, test=0.10) -> tuple[list, list, list]:
     """The book's split, returned as (train, val, test); 1,100 records give 935, 55 and 110.
 
     In file order: the first int(n * train) train, the next int(n * test) test, the rest validate.
-    Raises ValueError unless both shares are positive and at most 1 together.
+    Raises ValueError unless both shares are at least 0 and together at most 1.
     """
     if not (train >= 0 and test >= 0 and train + test <= 1):
-        raise ValueError(f"shares train={train}, test={test}: positive, at most 1 together")
+        raise ValueError(f"shares train={train}, test={test}: each at least 0, together at most 1")
     a = int(len(examples) * train)
     b = a + int(len(examples) * test)
     return examples[:a], examples[b:], examples[a:b]
@@ -264,8 +268,9 @@ def reshape_example(example, instruction="short", response=None) -> dict:
     if instruction not in INSTRUCTIONS or response not in (None, *RESPONSES):
         raise ValueError(f"instruction {instruction!r} or response {response!r} is unknown; there are "
                          f"{', '.join(INSTRUCTIONS)} and {', '.join(RESPONSES)}")
-    solution, mark, answer = example["output"].rpartition("\n####")
-    fields = {**example, "rationale": solution, "output": answer} if mark else example
+    solution, mark, answer = example["output"].rpartition("\n#### ")
+    gsm8k = mark and "\n" not in answer.strip()  # else it is a heading
+    fields = {**example, "rationale": solution, "output": answer} if gsm8k else example
 
     def field(name):
         if not isinstance(fields.get(name), str) or not fields[name].strip():
@@ -314,11 +319,15 @@ def load_tokenizer(name_or_folder) -> tiktoken.Encoding:
 
 def _read_bpe(folder):
     """(vocabulary, special tokens, merges) in GPT-2's spelling; merges None if no file has them."""
+    if (path := folder / "tokenizer_config.json").exists():
+        if _parse(path.read_bytes(), path.name).get("add_prefix_space"):
+            raise ValueError(f"{path.name} says add_prefix_space, which GPT-2's tokenizer does not do")
     if (path := folder / "tokenizer.json").exists():
         spec = _parse(path.read_bytes(), path.name)
         model, cut = spec["model"], spec.get("pre_tokenizer") or {}
         kind = model.get("type", "BPE"), cut.get("type"), cut.get("use_regex", True)
-        if kind != ("BPE", "ByteLevel", True) or cut["add_prefix_space"] or spec["normalizer"]:
+        unusual = [model.get(key) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")]
+        if kind != ("BPE", "ByteLevel", True) or cut["add_prefix_space"] or spec["normalizer"] or any(unusual):
             raise ValueError("tokenizer.json is not of GPT-2's kind (byte-level BPE, its pattern)")
         special = {token["content"]: token["id"] for token in spec["added_tokens"]}
         merges = [m.split() if isinstance(m, str) else m for m in model["merges"]]
@@ -399,6 +408,8 @@ def save_tokenizer(tokenizer: tiktoken.Encoding, folder) -> None:
     texts = {"merges.txt": "\n".join(merges)}
     texts |= {name: json.dumps(value, ensure_ascii=False) + "\n" for name, value in files.items() if value}
     Path(folder).mkdir(parents=True, exist_ok=True)
+    for name in ("tokenizer.json", "added_tokens.json"):  # another tokenizer's, which would be read with or before ours
+        (Path(folder) / name).unlink(missing_ok=True)
     for name, text in texts.items():
         (Path(folder) / name).write_text(text, encoding="utf-8", newline="\n")
 

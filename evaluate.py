@@ -169,7 +169,7 @@ def decode(tokenizer, ids: list[int]) -> str:
 # ---------------------------------------------------------------- scores of one answer
 
 
-FINAL = re.compile(r".*^(?:Answer:|####)", re.DOTALL | re.MULTILINE)  # up to the last of these at the start of a line
+FINAL = re.compile(r".*^(?:Answer:|####)(?=[^\n]*\s*\Z)", re.DOTALL | re.MULTILINE)  # up to one of these in the last line
 
 
 def exact_match(prediction: str, reference: str) -> bool:
@@ -271,8 +271,7 @@ def first_token_entropies(model, prompts: list[list[int]], batch_size: int = 16)
             part = [torch.tensor(p) for p in prompts[start : start + batch_size]]
             idx, last = pad_sequence(part, batch_first=True), [len(p) - 1 for p in part]
             hidden = model.features(idx.to(device))[range(len(part)), last]  # (B, T, C) -> (B, C)
-            log_p = F.log_softmax(model.lm_head(hidden).float(), dim=-1)
-            entropies += (-(log_p.exp() * log_p).sum(-1)).tolist()
+            entropies += torch.distributions.Categorical(logits=model.lm_head(hidden).float()).entropy().tolist()
     return entropies
 
 
@@ -335,7 +334,8 @@ def length_controlled_win_rate(wins: list[float], length_differences: list[float
     difficulty. A small ridge keeps the fit finite where one side always wins.
     """
     y, x = torch.tensor([wins, length_differences], dtype=torch.float64)
-    x = torch.tanh(x / x.std(correction=0).clamp(min=1e-9))
+    spread = x.std(correction=0)
+    x = torch.tanh(x / spread) if spread > 0 else torch.zeros_like(x)  # one and the same difference explains nothing
     design, w, ridge = torch.stack([torch.ones_like(x), x], 1), torch.zeros(2, dtype=torch.float64), 0.01
     for _ in range(50):  # Newton
         p = torch.sigmoid(design @ w)
@@ -407,11 +407,11 @@ Answer B ({nonce:.4}): {b}
 SCHEMA = {"type": "object", "required": ["reason", "score"], "additionalProperties": False, "properties": {
     "reason": {"type": "string"}, "score": {"type": "integer", "minimum": 0, "maximum": 100}}}
 
-THINKING = re.compile(r"<think>.*?</think>", re.DOTALL)  # some models put it first
 STATED = re.compile(r"""\[\[([^][]{0,20})\]\]
     |["']score["']\s{0,3}:\s{0,3}([^\s,}]{1,20})\s{0,3}[,}]  # JSON with a fault elsewhere
-    |\bscore[\s*_]{0,9}[:=][\s*_]{0,9}(\S{1,20}(?:\s{0,3}(?:/|-|–|to\b|or\b|out\ of\b)\s{0,3}\d\S{0,20})?)
-    |(?<![^\s:=])([^\s:=]{1,20}\s{0,3}(?:/|out\ of)\s{0,3}100)\b""", re.IGNORECASE | re.VERBOSE)
+    |\bscore[\s*_]{0,9}[:=][\s*_]{0,9}(\S{1,20}(?:\s{0,3}\(?(?:/|-|–|to\b|or\b|(?:out\ )?of\b)\D{0,20}\d\S{0,20})?)""",
+    re.IGNORECASE | re.VERBOSE)
+OF_100 = re.compile(r"(?<![^\s:=])([^\s:=]{1,20}\s{0,3}(?:/|out of)\s{0,3}100)\b", re.IGNORECASE)
 
 
 def digest(*parts) -> str:
@@ -427,54 +427,66 @@ def fill(prompt: str, question: str, reference: str, *answers: str) -> str:
     return prompt.format(nonce=nonce, question=question, reference=reference, a=answers[0], b=answers[-1])
 
 
+def after_thinking(reply: str) -> str:
+    """A reply without the thoughts that some models put first; of thoughts that were cut off nothing is left."""
+    return reply.rpartition("</think>")[2].partition("<think>")[0]
+
+
 def parse_score(reply: str, cut: bool = False) -> int | None:
     """The judge's score, 0 to 100, or None where the reply does not state exactly one: nothing is clamped or guessed.
 
-    In this order: JSON objects with a "score" (several must agree); the last `score: N`, `N/100` or `[[N]]`;
-    a reply that is nothing but the number. A reply that was cut off counts only if its JSON is whole.
+    What JSON objects hold under "score" must agree, also with the last `score: N` or `[[N]]` beside them. Without
+    either: every `N/100`, which must agree, or a reply that is nothing but the number. A reply that was cut off
+    counts only if its JSON is whole.
     """
     if len(reply) > 20_000:  # babble, and slow to search
         return None
-    reply, found, start = THINKING.sub("", reply), [], 0
-    while (start := reply.find("{", start)) >= 0:
+    reply, found, rest, start = after_thinking(reply), set(), "", 0
+    decoder = json.JSONDecoder(
+        object_pairs_hook=lambda pairs: found.update(as_score(v) for k, v in pairs if k.lower() == "score"))
+    while (brace := reply.find("{", start)) >= 0:
         try:
-            value, start = json.JSONDecoder().raw_decode(reply, start)
-            found += [as_score(value["score"])] if "score" in value else []
+            end = decoder.raw_decode(reply, brace)[1]
         except (ValueError, RecursionError):
-            start += 1
-    if found or cut:
-        return found[0] if len(set(found)) == 1 else None
-    marked = STATED.findall(reply)
-    return as_score("".join(marked[-1]) if marked else reply)
+            end = brace + 1
+        rest, start = rest + reply[start:brace], end
+    rest += reply[start:]
+    stated = ["".join(groups) for groups in STATED.findall(rest)][-1:] or OF_100.findall(rest) or [reply]
+    beside = set() if cut else set(map(as_score, stated))
+    scores = found | beside - {None} if found else beside
+    return scores.pop() if len(scores) == 1 else None
 
 
 def as_score(value) -> int | None:
     """An integer from 0 to 100, also as text ("85", "85/100", "**85**."), else None."""
     if isinstance(value, str):
-        match = re.fullmatch(r"""[\s*_`"']*([0-9]{1,3})(\s*(/|out of)\s*100)?[\s*_`"'.,;)]*""", value, re.IGNORECASE)
+        match = re.fullmatch(r"""[\s*_`"']*([0-9]{1,3})(\s*\(?(/|out of|of)\s*100)?[\s*_`"'.,;)]*""", value, re.IGNORECASE)
         value = int(match[1]) if match else None
     return value if type(value) is int and 0 <= value <= 100 else None
 
 
 def parse_verdict(reply: str, cut: bool = False) -> str | None:
     """"A", "B" or "C" (tie) where the reply holds one verdict [[A]], [[B]] or [[C]], however often; else None."""
-    verdicts = set(re.findall(r"\[\[([ABC])\]\]", THINKING.sub("", reply)))
+    verdicts = set(re.findall(r"\[\[([ABC])\]\]", after_thinking(reply)))
     return verdicts.pop() if len(verdicts) == 1 and not cut else None
 
 
 # ---------------------------------------------------------------- talking to a server
 
+ATTEMPTS = 5
 LOOPBACK = re.compile(r"localhost|127(\.\d{1,3}){3}|::1")  # this machine
 QUOTA = re.compile("insufficient_quota|credit_balance_exhausted|_(spend|usage)_limit_exceeded")
 SERVERS = {"ollama": "http://127.0.0.1:11434", "openai": "https://api.openai.com"}  # where --judge-url names no other
 
 
 class JudgeError(RuntimeError):
-    """A judge gave no reply. fatal: no other question would fare better. status: HTTP's, where there was one."""
+    """A judge gave no reply. fatal: no other question would fare better. down: the server may be; five in a row are
+    fatal too. status: HTTP's, where there was one.
+    """
 
-    def __init__(self, message: str, fatal: bool = False, status: int | None = None):
+    def __init__(self, message: str, fatal: bool = False, status: int | None = None, down: bool = False):
         super().__init__(message)
-        self.fatal, self.status = fatal, status
+        self.fatal, self.status, self.down = fatal, status, down
 
 
 class AnyStatus(urllib.request.HTTPErrorProcessor):
@@ -501,12 +513,13 @@ def post_once(url: str, body: dict, key: str | None, timeout: float):
     # A socket's own limit is for each read, and a server that drips bytes never reaches it. A thread can be abandoned.
     threading.Thread(target=work, daemon=True).start()
     status, headers, text = outcome.result(timeout)
-    if key and len(key) >= 8:  # a shorter one is part of other words
-        text = text.replace(key, "***")
     try:
-        return status, headers, json.loads(text)
+        text, read = json.dumps(json.loads(text)), json.loads  # spelled in one way: no escape hides the key
     except (ValueError, RecursionError):
-        return status, headers, re.sub(r"<[^>]*>", " ", text)  # perhaps an HTML page
+        text, read = re.sub(r"<[^>]*>", " ", text), str  # perhaps an HTML page
+    if key and len(key) >= 8:  # a shorter one is part of other words
+        text = text.replace(json.dumps(key)[1:-1], "***")
+    return status, headers, read(text)
 
 
 def error_text(reply) -> str:
@@ -528,15 +541,14 @@ def retry_delay(headers, attempt: int) -> float:
     return min(0.5 * 2**attempt, 8) * (1 - 0.25 * random.random())
 
 
-def post_json(url: str, body: dict, key: str | None = None, *, timeout: float = 120.0, attempts: int = 5,
-              sleep: Callable = time.sleep) -> dict:
+def post_json(url: str, body: dict, key: str | None = None, timeout: float = 120.0) -> dict:
     """POST JSON and return the JSON object that comes back; raises JudgeError, with the key nowhere in it.
 
     Tried again: no connection, a broken or late reply, 408, 409, 429 and 5xx, unless the server says that it
     is no use. Not tried again: other statuses, an exhausted quota, or a wait of more than two minutes.
     """
     host = urllib.parse.urlsplit(url).netloc
-    for attempt in range(attempts):
+    for attempt in range(ATTEMPTS):
         status, headers, retry, fatal = None, {}, True, False
         try:
             status, headers, reply = post_once(url, body, key, timeout)
@@ -558,9 +570,9 @@ def post_json(url: str, body: dict, key: str | None = None, *, timeout: float = 
         delay = retry_delay(headers, attempt)
         if retry and delay > 120:
             raise JudgeError(f"{message} (it asks to wait {delay:.0f} s)", True, status)
-        if not retry or attempt == attempts - 1:
-            raise JudgeError(message, fatal, status)
-        sleep(delay)
+        if not retry or attempt == ATTEMPTS - 1:
+            raise JudgeError(message, fatal, status, retry)
+        time.sleep(delay)
 
 
 # ---------------------------------------------------------------- judges
@@ -575,7 +587,6 @@ class Judge:
     settings: dict  # all that a score depends on besides the texts
     score: Callable
     verdict: Callable
-    patience: float = 5  # so many failures in a row and no more is asked: a server may be down
 
     @property
     def slug(self) -> str:
@@ -596,8 +607,7 @@ def reply_text(reply: dict, ollama: bool) -> tuple[str, bool]:
         raise JudgeError(f"a reply without a message: {error_text(reply)}") from None
 
 
-def server_judge(spec: str, url: str, key: str | None = None, *, timeout: float = 120.0,
-                 sleep: Callable = time.sleep) -> Judge:
+def server_judge(spec: str, url: str, key: str | None = None, timeout: float = 120.0) -> Judge:
     """A judge behind Ollama's /api/chat ("ollama:MODEL") or an OpenAI-compatible API ("openai:MODEL"). A parameter
     that the server refuses by name is left out from then on, and said so once on stderr.
     """
@@ -617,7 +627,7 @@ def server_judge(spec: str, url: str, key: str | None = None, *, timeout: float 
             options = {k: v for k, v in optional.items() if structured or "format" not in k}
             body = {**fixed, "messages": [{"role": "user", "content": prompt}], **options}
             try:
-                return reply_text(post_json(endpoint, body, key, timeout=timeout, sleep=sleep), ollama)
+                return reply_text(post_json(endpoint, body, key, timeout), ollama)
             except JudgeError as error:
                 if ollama and error.status == 404:
                     raise JudgeError(f"{error}; to fetch it: ollama pull {model}", True, 404) from error
@@ -637,7 +647,7 @@ def server_judge(spec: str, url: str, key: str | None = None, *, timeout: float 
         reply, cut = ask(fill(PAIR_PROMPT, *texts), False)
         return parse_verdict(reply, cut), reply
 
-    return Judge({"judge": spec, "temperature": 0, "seed": SEED, "num_ctx": NUM_CTX, "max_reply": MAX_REPLY,
+    return Judge({"judge": spec, "url": endpoint, "temperature": 0, "seed": SEED, "num_ctx": NUM_CTX, "max_reply": MAX_REPLY,
                   "prompt": digest(SCORE_PROMPT, PAIR_PROMPT)}, score, verdict)
 
 
@@ -665,7 +675,9 @@ def local_judge(spec: str, model, tokenizer) -> Judge:
         a, b = probabilities(fill(LOCAL_PAIR_PROMPT, *texts), "AB")
         return "A" if a > b else "B" if b > a else "C", None
 
-    return Judge({"judge": spec, "prompt": digest(LOCAL_SCORE_PROMPT, LOCAL_PAIR_PROMPT)}, score, verdict, math.inf)
+    # It tells models apart; what somebody made to collide with another it would not.
+    weights = digest([torch.hash_tensor(p.detach()).item() for p in model.parameters()])
+    return Judge({"judge": spec, "weights": weights, "prompt": digest(LOCAL_SCORE_PROMPT, LOCAL_PAIR_PROMPT)}, score, verdict)
 
 
 def compare_answers(judge: Judge, question: str, reference: str, first: str, second: str) -> dict:
@@ -677,13 +689,13 @@ def compare_answers(judge: Judge, question: str, reference: str, first: str, sec
     return {"winner": winner, "verdicts": [one, two], "replies": [reply, other]}
 
 
-def judge_all(path: str | Path, settings: dict, items: list[tuple], ask: Callable, progress: Callable | None = None,
-              patience: float = 5) -> list[dict]:
+def judge_all(path: str | Path, settings: dict, items: list[tuple], ask: Callable,
+              progress: Callable | None = None) -> list[dict]:
     """Ask a judge about every item, (id, *texts), and return the records in the items' order.
 
     Each record goes to the file at once, so that a killed run resumes: what was asked before is not asked again,
     except where no reply came ("error") or the texts have changed. A file with other settings is a ValueError.
-    A question that fails is recorded without a score; JudgeError for a fatal failure, or `patience` in a row.
+    A question that fails is recorded without a score; JudgeError for a fatal failure, or five of a server in a row.
     """
     keys, records, in_a_row = {name: digest(*texts) for name, *texts in items}, read_records(path), 0
     for record in records:
@@ -700,10 +712,10 @@ def judge_all(path: str | Path, settings: dict, items: list[tuple], ask: Callabl
             try:
                 result, in_a_row = ask(*texts), 0
             except JudgeError as error:
-                in_a_row += 1
-                if error.fatal or in_a_row == patience:
+                in_a_row = in_a_row + 1 if error.down else 0
+                if error.fatal or in_a_row == 5:
                     raise JudgeError(f"{error}; {len(kept)} of {len(items)} records are kept in {path}, and the same "
-                                     "command goes on from there", True, error.status) from error
+                                     "command goes on from there") from error
                 result = {"score": None, "error": str(error)}
             kept[name] = {"id": name, "key": keys[name], **result, "settings": settings}
             append_records(file, [kept[name]])
@@ -808,15 +820,18 @@ def read_judged(path: Path) -> list[dict]:
 
 def add_judges(run: Run) -> None:
     """Put every judge file of the folder into the report, and how far each two of them agree."""
+    run.report |= {"judges": {}, "agreement": []}
     asked = {(r["id"], digest(*texts_of(r))): example_key(r) for r in run.responses}
+    canaries = {(name, digest(*texts)) for name, *texts in canary_items(run.responses)}
     for path in sorted(run.folder.glob("judge-*.jsonl")):
-        records = read_judged(path)
-        scores = {asked[r["id"], r["key"]]: r["score"] for r in records  # those of these very answers
-                  if r["score"] is not None and (r["id"], r["key"]) in asked}
-        report, canaries = judge_report(scores, run.responses), path.name.replace("judge", "canaries", 1)
-        report["canaries"] = canary_report(read_judged(path.with_name(canaries)))
-        report["fit"] = all(c["ok"] for c in report["canaries"].values()) if report["canaries"] else None
-        if covered := [r["covered"] for r in records if "covered" in r]:
+        # What was said of these very answers, not of earlier ones.
+        records = [r for r in read_judged(path) if (r["id"], r["key"]) in asked]
+        scores = {asked[r["id"], r["key"]]: r["score"] for r in records if r["score"] is not None}
+        tests = [r for r in read_judged(path.with_name(path.name.replace("judge", "canaries", 1)))
+                 if (r["id"], r["key"]) in canaries]
+        report = judge_report(scores, run.responses) | {"canaries": canary_report(tests)}
+        report["fit"] = all(c["ok"] for c in report["canaries"].values()) if len(tests) >= len(canaries) else None
+        if covered := [r["covered"] for r in records if r.get("covered") is not None]:
             report["covered"] = mean(covered)
         for other in run.report["judges"]:
             theirs = run.values[other]
@@ -844,11 +859,10 @@ def pairwise_report(records: list[dict], longer: list[float]) -> dict:
     if not known:
         return {"n": len(records), "n_judged": 0, "win_rate": None}
     wins = [{"first": 0.0, "tie": 0.5, "second": 1.0}[r["winner"]] for r, _ in known]
-    positions = [v for r, _ in known for v in r["verdicts"] if v != "C"]
     rate, error = length_controlled_win_rate(wins, [d for _, d in known])
     return {"n": len(records), "n_judged": len(known), "win_rate": mean(wins), "interval": bootstrap_interval(wins),
             "flip_rate": mean([set(r["verdicts"]) not in ({"A", "B"}, {"C"}) for r, _ in known]),  # orders disagree
-            "first_position_rate": positions.count("A") / len(positions) if positions else None,
+            "first_position_rate": mean([v == "A" for r, _ in known for v in r["verdicts"] if v != "C"]),
             "length_controlled_win_rate": rate, "length_controlled_standard_error": error}
 
 
@@ -935,7 +949,6 @@ def report_text(runs: list[Run], markdown: bool) -> str:
 
 # ---------------------------------------------------------------- pictures
 
-COLORS = ("#c1440e", "#2f5d8a", "#3a7d44", "#8e5ea2", "#c99a06", "#5b5b5b", "#d1638c", "#1b9aaa")  # of the runs
 MARKERS = "osD^vP*"  # of the scores
 
 
@@ -963,11 +976,11 @@ def drawable(text: str) -> str:
     return text.encode(errors="replace").decode().replace("$", r"\$")
 
 
-def plot_losses(axes, metrics: list[dict], label: str = "", color: str = COLORS[0], pale: str = "#9db7d5") -> None:
+def plot_losses(axes, metrics: list[dict], label: str = "", color: str = "C0") -> None:
     """Training loss as a thin pale line, validation loss with dots; without a label each is named."""
     nothing = [(math.nan, math.nan)]  # a curve that only the legend shows
     train, val = loss_points(metrics, "train_loss"), loss_points(metrics, "val_loss")
-    axes.plot(*zip(*train or nothing), color=pale, linewidth=0.8, label=None if label else "train")
+    axes.plot(*zip(*train or nothing), color=color, alpha=0.4, linewidth=0.8, label=None if label else "train")
     if val or label:
         axes.plot(*zip(*val or nothing), color=color, marker="o", markersize=3, label=label or "validation")
     axes.set(xlabel="step", ylabel="loss (nats per supervised token)")
@@ -984,7 +997,7 @@ def plot_scores(axes, runs: list[Run]) -> None:
         scale = 1 if metric in judges else 100
         for row, run in enumerate(runs):
             if values := [scale * v for v in run.values.get(metric, {}).values()]:
-                x, y, color = mean(values), row + 0.6 * ((i + 0.5) / len(labels) - 0.5), COLORS[row % len(COLORS)]
+                x, y, color = mean(values), row + 0.6 * ((i + 0.5) / len(labels) - 0.5), f"C{row}"
                 low, high = bootstrap_interval(values) or (x, x)
                 axes.plot([low, high], [y, y], color=color)
                 axes.plot(x, y, color=color, **style)
@@ -1002,7 +1015,7 @@ def plot_tradeoff(axes, runs: list[Run]) -> None:
     for i, run in enumerate(runs):
         if run.report["forgetting"] is not None:
             x, y = run.report["forgetting"], 100 * run.report["exact_match"] if matches else run.report["response_nll"]
-            axes.plot(x, y, color=COLORS[i % len(COLORS)], marker="o", markersize=7, markeredgecolor="white")
+            axes.plot(x, y, color=f"C{i}", marker="o", markersize=7, markeredgecolor="white")
             angle = 2 * math.pi * i / len(runs)  # numbers of neighbours stand on different sides
             offset = (10 * math.cos(angle), 10 * math.sin(angle))
             axes.annotate(i + 1, (x, y), offset, textcoords="offset points", ha="center", va="center")
@@ -1026,15 +1039,9 @@ def draw(runs: list[Run]) -> str:
     beside = "scores" if all(run.report["forgetting"] is None for run in runs) else "tradeoff"
     figure = Figure(figsize=(11, 6.5 + 0.4 * len(runs)), layout="constrained")
     panels = figure.subplot_mosaic([["losses"] * 2, ["scores", beside]], height_ratios=[4, 1.5 + 0.4 * len(runs)])
-    names = [drawable(str(run.folder)) for run in runs]
-    if len(runs) == 1:
-        plot_losses(panels["losses"], metrics[0])
-        panels["losses"].set_title(names[0])
-    else:
-        for i, name in enumerate(names):
-            color = COLORS[i % len(COLORS)]
-            plot_losses(panels["losses"], metrics[i], f"{i + 1}  {name}", color, color + "50")
-        panels["losses"].set_title("thin: training, dots: validation", loc="right", fontsize=8)
+    for i, run in enumerate(runs):
+        plot_losses(panels["losses"], metrics[i], f"{i + 1}  {drawable(str(run.folder))}", f"C{i}")
+    panels["losses"].set_title("thin: training, dots: validation", loc="right", fontsize=8)
     figure.legend(loc="outside upper left", ncols=2)
     plot_scores(panels["scores"], runs)
     if "tradeoff" in panels:
@@ -1086,14 +1093,16 @@ def parse_args(argv=None):
     kind, _, model = args.judge.partition(":")
     if args.judge != "none" and not (model and kind in (*SERVERS, "model")):
         parser.error(f"--judge {args.judge}: none, ollama:MODEL, openai:MODEL or model:FOLDER")
+    if args.judge_key_env == "":  # from a shell variable that was never set
+        parser.error("--judge-key-env: must not be empty")
     if kind not in SERVERS and (args.judge_url or args.judge_key_env or args.judge_timeout is not None):
         parser.error(f"--judge-url, --judge-key-env and --judge-timeout have no effect with --judge {args.judge}")
     if args.pairwise and (args.judge == "none" or len(args.runs) < 2):
         parser.error("--pairwise needs a --judge and at least two runs")
     if args.ask is not None and (len(args.runs) > 1 or args.judge != "none" or args.text or args.markdown or args.plot):
         parser.error("--ask takes one run, and no flag of the report")
-    if args.judge_timeout is not None and not 0 < args.judge_timeout < math.inf:
-        parser.error(f"--judge-timeout {args.judge_timeout}: must be above 0")
+    if args.judge_timeout is not None and not 0 < args.judge_timeout <= 86_400:
+        parser.error(f"--judge-timeout {args.judge_timeout:g}: must be above 0 and at most a day, 86400")
     args.key = judge_key(args, kind, parser)
     return args
 
@@ -1120,7 +1129,7 @@ def make_judge(args) -> Judge | None:
         return None
     if kind == "model":
         return local_judge(args.judge, *load_model(model, args.device))
-    return server_judge(args.judge, args.judge_url or SERVERS[kind], args.key, timeout=args.judge_timeout or 120.0)
+    return server_judge(args.judge, args.judge_url or SERVERS[kind], args.key, args.judge_timeout or 120.0)
 
 
 def load_model(model: str, device: str):
@@ -1176,7 +1185,8 @@ def asked_records(folder: Path, info: dict) -> list[dict]:
         raise ValueError(f"{data} leaves no test records: at least 10 records are needed")
     if info["instruction"] != "adaptive":
         return [reshape_example(e, info["instruction"], info["response"]) for e in examples]
-    asked = [r["instruction"] for r in read_records(path)]  # they were chosen while finetuning
+    answers = sorted(read_records(path), key=lambda r: r["id"])  # while it is written, in the order they came
+    asked = [r["instruction"] for r in answers]  # they were chosen while finetuning
     if len(asked) != len(examples):
         raise ValueError(f"{path} is not complete, and only finetune.py chooses adaptive instructions: train again")
     return [reshape_example(e, response=info["response"]) | {"instruction": i} for e, i in zip(examples, asked)]
@@ -1188,12 +1198,8 @@ def measure_forgetting(base: str, model, tokenizer, file: Path, device: str) -> 
     try:
         ids = tokenizer.encode_ordinary(file.read_text(encoding="utf-8"))
         before, after = (text_nll(m, ids, m.config.block_size) for m in models)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{file}: no such text; --text takes a plain text file") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{file} is not a text in UTF-8") from None
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
+    except ValueError as error:  # not UTF-8, or too short
+        raise ValueError(f"--text {file}: {error}") from None
     return {"forgetting": after - before, "text_nll": {"before": before, "after": after, "file": str(file)}}
 
 
@@ -1209,9 +1215,13 @@ def model_scores(folder: Path, text: Path | None, device: str) -> tuple[list[dic
     responses = generate_responses(model, tokenizer, examples, prompts, generate, path=folder / "responses.jsonl",
                                    max_new_tokens=info["max_new_tokens"], progress=progress(f"answers of {folder}"))
     try:
-        encoded, _ = encode_examples(examples, tokenizer, info["template"], model.config.block_size)
+        encoded, report = encode_examples(examples, tokenizer, info["template"], model.config.block_size)
     except ValueError as error:
         raise ValueError(f"{info['data']}: test records: {error}") from None
+    for what, how in (("dropped", "is not in"), ("truncated", "is cut for")):  # too long for the model
+        if report[what]:
+            say(f"note: {folder}: of {len(report[what])} of {len(examples)} test records the response {how} response_nll; "
+                f"the first is test record {report[what][0] + 1}")
     nats, tokens = response_nll(model, encoded)
     scores = {"response_nll": nats / tokens, "response_perplexity": math.exp(min(nats / tokens, 700))}
     if text is None and info["model"] == "tiny":
@@ -1241,7 +1251,7 @@ def score_run(folder: Path, text: Path | None, device: str) -> Run:
                "reference_length": mean([len(r["output"].split()) for r in responses]),
                "response_nll": None, "response_perplexity": None, "forgetting": None, "text_nll": None, **measured,
                "by_task": group_means(responses, values, "task"), "by_level": group_means(responses, values, "level"),
-               "judges": {}, "agreement": [], "compared": {}}
+               "compared": {}}
     return Run(folder, responses, values, report)
 
 
@@ -1250,19 +1260,18 @@ def judge_run(run: Run, judge: Judge) -> None:
     answers = [(r["id"], *texts_of(r)) for r in run.responses]
     for kind, items in ("judge", answers), ("canaries", canary_items(run.responses)):
         path = run.folder / f"{kind}-{judge.slug}.jsonl"
-        judge_all(path, judge.settings, items, judge.score, progress(f"{kind} {run.folder}"), judge.patience)
+        judge_all(path, judge.settings, items, judge.score, progress(f"{kind} {run.folder}"))
 
 
 def judge_pairs(first: Run, second: Run, judge: Judge) -> dict:
     """Have the judge compare the answers to the records that both runs have."""
-    theirs = {example_key(r): r for r in second.responses}
-    pairs = [(r, theirs[example_key(r)]) for r in first.responses if example_key(r) in theirs]
-    if not pairs:
+    theirs = {example_key(r): r["model_response"] for r in second.responses}
+    items = [(r["id"], *texts_of(r), theirs[example_key(r)]) for r in first.responses if example_key(r) in theirs]
+    if not items:
         raise ValueError(f"{first.folder} and {second.folder} have no test record in common")
-    items = [(a["id"], *texts_of(a), b["model_response"]) for a, b in pairs]
     path = second.folder / f"pairwise-{judge.slug}-{digest(str(first.folder.resolve()))[:6]}.jsonl"
     records = judge_all(path, judge.settings, items, lambda *texts: compare_answers(judge, *texts),
-                        progress(f"pairwise {second.folder}"), judge.patience)
+                        progress(f"pairwise {second.folder}"))
     return pairwise_report(records, [len(b.split()) - len(a.split()) for *_, a, b in items])
 
 
@@ -1281,20 +1290,17 @@ def evaluate(args) -> None:
 
     judge = make_judge(args)
     runs = [score_run(folder, args.text, args.device) for folder in args.runs]
-    for run in runs:
-        write_json(run.folder / "scores.json", run.report)
-    for run in runs:
-        if judge:
-            judge_run(run, judge)
-        add_judges(run)
-        if run is not runs[0]:
-            compared = run.report["compared"][str(runs[0].folder)] = compare_runs(runs[0], run)
-            if args.pairwise:
-                compared["pairwise"] = judge_pairs(runs[0], run, judge)
-        write_json(run.folder / "scores.json", run.report)
-    say(report_text(runs, args.markdown))
-    if args.plot:
-        say("\n" + draw(runs))
+    for asked in (None, judge) if judge else (None,):  # what earlier judges said stays when this one fails
+        for run in runs:
+            if asked:
+                judge_run(run, asked)
+            add_judges(run)
+            if run is not runs[0]:
+                compared = run.report["compared"][str(runs[0].folder)] = compare_runs(runs[0], run)
+                if asked and args.pairwise:
+                    compared["pairwise"] = judge_pairs(runs[0], run, asked)
+            write_json(run.folder / "scores.json", run.report)
+    say(report_text(runs, args.markdown) + ("\n\n" + draw(runs) if args.plot else ""))
     for run in runs if judge else []:
         name = f"judge-{judge.slug}.jsonl"
         if not run.report["judges"][name]["n_scored"]:

@@ -58,7 +58,7 @@ class GPTConfig:
     def __post_init__(self):
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**24:
+            if type(value) is not int or not 1 <= value < 2**24:
                 raise ValueError(f"{name} must be a positive integer below 2**24, not {value!r}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
@@ -68,6 +68,9 @@ class GPTConfig:
             raise ValueError(f"layer_norm_epsilon must be a number, zero or above, not {self.layer_norm_epsilon!r}")
         if not isinstance(self.tie_word_embeddings, bool):
             raise ValueError(f"tie_word_embeddings must be true or false, not {self.tie_word_embeddings!r}")
+
+
+CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # which Hugging Face stores transposed, as [in, out]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -118,11 +121,11 @@ class KVCache:
         return order
 
 
-FEW_SCORES = 200 * 200  # of a head: on the CPU the many small products of flash attention cost more than to hold these
+FEW_SCORES = 200 * 200  # per head: up to here, on the CPU, holding them all is faster than flash attention's small products
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v, scores and all: q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D). `mask`
+    """softmax(q k^T / sqrt(D)) v, all scores held in memory: q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D). `mask`
     (B, 1, T, S) is true where a query sees a key; without one a query sees the keys up to its own position."""
     (B, H, T, D), S = q.shape, k.shape[2]
     if mask is None:
@@ -139,7 +142,7 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_head, self.dropout = config.n_head, config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key, value in one product
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key, value in one matmul
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
 
@@ -151,7 +154,7 @@ class CausalSelfAttention(nn.Module):
         if store is not None:
             k, v = store(k, v)  # (B, H, S, D): the S - T earlier tokens too
         dropout = self.dropout if self.training else 0.0
-        if on_cpu and T * k.shape[2] <= FEW_SCORES:
+        if on_cpu and q.dtype == torch.float32 and T * k.shape[2] <= FEW_SCORES:  # in bf16 these would be rounded
             y = attention(q, k, v, mask, dropout)
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
@@ -189,7 +192,7 @@ class Block(nn.Module):
 
 
 def run_block(block: Block, x: Tensor, wanted: Tensor | None) -> Tensor:
-    """A block without a cache."""
+    """Run one block without a cache; replaced as a whole by --compile and --recompute."""
     return block(x, wanted=wanted)
 
 
@@ -214,17 +217,13 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.wte.weight
-        if not self.wte.weight.is_meta:
-            self._init_weights()
-
-    def _init_weights(self):
         # As GPT-2: normal(0, 0.02), and the layers that write to the residual stream scaled down by
         # the square root of how many of them there are, so that its variance does not grow with depth.
         for name, p in self.named_parameters():
             if name.endswith(".bias"):
                 nn.init.zeros_(p)
-            elif p.dim() == 2:
-                std = 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 0.02
+            elif p.dim() == 2 and not p.is_meta:  # on the meta device torch would import its compiler to draw them
+                std = 0.02 / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 0.02
                 nn.init.normal_(p, std=std)
 
     def features(self, idx: Tensor, cache: KVCache | None = None, wanted: Tensor | None = None,
@@ -235,7 +234,7 @@ class GPT(nn.Module):
         With a cache, idx continues each row at position cache.length[row], and the cache is extended.
         `wanted` (N,) are indices into the B * T positions: only these come back, (N, C), and only for these
         does the last block compute more than attention. `hidden` (B, T, C) is what enters block `first`, if it
-        is known already (see `hidden_states`). Neither goes with adapters that differ by row.
+        is known already (see `hidden_states`). Neither can be combined with per-row adapters.
         Raises ValueError where a position would lie beyond block_size (or the cache's max_length).
         """
         B, T = idx.shape
@@ -248,7 +247,7 @@ class GPT(nn.Module):
             if end > T:  # some row has a past: query t of row b sees the keys up to its own position
                 mask = (torch.arange(end, device=idx.device) <= positions[..., None])[:, None]  # (B, 1, T, end)
         if end > limit:
-            raise ValueError(f"{end} positions do not fit into {limit}: positions are absolute, nothing slides")
+            raise ValueError(f"{end} positions do not fit into {limit}: positions are absolute, the window cannot slide")
         x = self.drop(self.wte(idx) + self.wpe(positions)) if hidden is None else hidden  # (B, T, C)
         for layer, block in enumerate(self.h[first:], first):
             rows = wanted if layer == self.config.n_layer - 1 else None
@@ -264,7 +263,7 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def hidden_states(self, idx: Tensor, layer: int) -> Tensor:
-        """What enters block `layer`: (B, T) int64 -> (B, T, C). Where all below is frozen, once is enough."""
+        """What enters block `layer`: (B, T) int64 -> (B, T, C). Where every block below is frozen, once is enough."""
         x = self.drop(self.wte(idx) + self.wpe(torch.arange(idx.shape[1], device=idx.device)))
         for block in self.h[:layer]:
             x = self.run_block(block, x, None)
@@ -278,7 +277,8 @@ class GPT(nn.Module):
     def from_pretrained(cls, name_or_folder: str | Path, **overrides) -> "GPT":
         """
         The model of a Hugging Face GPT-2 folder, in float32 whatever the file's dtype. `overrides` may be
-        dropout and tie_word_embeddings (False gives the head its own copy of the embedding).
+        dropout and tie_word_embeddings (False gives the head its own copy of the embedding). The model is in
+        training mode, as torch makes it: call eval() before using its logits.
 
         Strict: FileNotFoundError for what is missing on the disk, ValueError for a tensor that is missing,
         unexpected, misshapen or not finite, and for a config that means another model than this one.
@@ -306,7 +306,7 @@ class GPT(nn.Module):
                 del entries["lm_head.weight"]
         tied = overrides.get("tie_word_embeddings", tied_in_file)
         if tied and not tied_in_file:
-            raise ValueError(f"{folder}: the head differs from the embedding, so it cannot be tied to it")
+            raise ValueError(f"{folder}: the head is a tensor of its own, so it cannot be tied to the embedding")
 
         if config.n_layer > len(entries):
             raise ValueError(f"{folder}: the config says {config.n_layer} blocks, the files hold {len(entries)} tensors")
@@ -317,32 +317,28 @@ class GPT(nn.Module):
             expected.pop("lm_head.weight", None)
         check_names(folder, set(expected), set(entries))
         for name, shape in expected.items():
-            path, (dtype, found, *_) = entries[name]
-            shape = shape[::-1] if _is_conv1d(name) else shape
+            path, entry = entries[name]
+            dtype, found, *_ = entry
+            shape = shape[::-1] if name.endswith(CONV1D) else shape
             if found != shape:
                 raise ValueError(f"{path}: tensor {name} has shape {found}, the config says {shape}")
             if not dtype.is_floating_point:
                 raise ValueError(f"{path}: tensor {name} has dtype {dtype}: weights are floating-point numbers")
-        with torch.no_grad():
-            for name, shape in expected.items():
-                path, entry = entries[name]
-                p = nn.Parameter(torch.empty(shape))
-                tensor = _read_entry(path, entry, p if entry[0] == p.dtype and not _is_conv1d(name) else None)
-                if not all(map(math.isfinite, tensor.aminmax())):  # NaN is in both; isfinite() would copy the tensor
-                    raise ValueError(f"{path}: tensor {name} holds NaN or inf")
-                if tensor is not p:
-                    p.copy_(tensor.t() if _is_conv1d(name) else tensor)
-                owner, _, name = name.rpartition(".")
-                setattr(model.get_submodule(owner), name, p)
-            if tied_in_file:
-                model.lm_head.weight = model.wte.weight if tied else nn.Parameter(model.wte.weight.clone())
+            tensor = _read_entry(path, entry)
+            tensor = (tensor.t().contiguous() if name.endswith(CONV1D) else tensor).float()
+            if not all(map(math.isfinite, tensor.aminmax())):  # NaN is in both; isfinite() would copy the tensor
+                raise ValueError(f"{path}: tensor {name} holds NaN or inf")
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))
+        if tied_in_file:
+            model.lm_head.weight = model.wte.weight if tied else nn.Parameter(model.wte.weight.detach().clone())
         return model
 
     def save_pretrained(self, folder: str | Path, base_only: bool = False, eos_id: int | None = None) -> None:
         """
         Write config.json and model.safetensors as transformers' GPT2LMHeadModel has them. Complete files
         are renamed into place, config.json last. `eos_id` is the end token (default: the last id, as GPT-2's).
-        Raises ValueError if the model holds parameters that GPT-2 has not (adapters that were not merged),
+        Raises ValueError if the model holds parameters that GPT-2 does not have (adapters that were not merged),
         unless `base_only` says to leave them out.
         """
         folder = Path(folder)
@@ -351,20 +347,15 @@ class GPT(nn.Module):
         mine = dict(self.named_parameters())
         extra = sorted(set(mine) - set(own))
         if extra and not base_only:
-            raise ValueError(f"{extra[0]} is no parameter of GPT-2: merge the adapters first, or save the base only")
+            raise ValueError(f"{extra[0]} is not a parameter of GPT-2: merge the adapters first, or save the base only")
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {}
         for name in own:
             key = name if name == "lm_head.weight" else "transformer." + name
-            tensors[key] = mine[name].detach().t() if _is_conv1d(name) else mine[name].detach()
+            tensors[key] = mine[name].t() if name.endswith(CONV1D) else mine[name]
         write_safetensors(folder / "model.safetensors", tensors)
         dtype = str(self.wte.weight.dtype).removeprefix("torch.")
         write_json(folder / "config.json", hf_config(self.config, dtype, eos_id))
-
-
-def _is_conv1d(name: str) -> bool:
-    """Whether Hugging Face stores this weight transposed, as [in, out]."""
-    return re.fullmatch(r"h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight", name) is not None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -374,7 +365,7 @@ def _is_conv1d(name: str) -> bool:
 class Redirects(urllib.request.HTTPRedirectHandler):
     """Follows to http and https only, never back from https; keeps what the hub says of a file."""
 
-    linked = None  # headers with which the Hugging Face hub sends us on to where a file lies
+    linked = None  # headers of the Hugging Face hub's redirect: they carry the file's size and sha256
 
     def redirect_request(self, request, file, code, message, headers, url):
         if not url.startswith(("https:", f"{request.type}:")):
@@ -384,10 +375,10 @@ class Redirects(urllib.request.HTTPRedirectHandler):
 
 
 def receive(url: str, file) -> str | None:
-    """Append to file what it lacks of url; returns the sha256 that the Hugging Face hub states.
+    """Append the missing part of url to file; returns the sha256 that the Hugging Face hub states.
 
     Raises as urllib and http.client, ConnectionError where too little comes, ValueError where the
-    server contradicts itself. The next call goes on where this one stopped.
+    server contradicts itself. The next call resumes where this one stopped.
     """
     host, redirects = urllib.parse.urlsplit(url).hostname or "", Redirects()
     local = host in ("localhost", "::1") or host.startswith("127.")  # not reached through a proxy
@@ -396,11 +387,15 @@ def receive(url: str, file) -> str | None:
     headers |= {"Range": f"bytes={file.tell()}-"} if file.tell() else {}
     request = urllib.request.Request(url, headers=headers)
     with urllib.request.build_opener(redirects, proxies).open(request, timeout=30) as answer:
-        part = re.match(r"bytes (\d+)-", answer.headers.get("Content-Range", ""))
+        if (coding := answer.headers.get("Content-Encoding", "identity")) != "identity":
+            raise ValueError(f"{url}: the server sends it as {coding}, which was not asked for")
+        part = re.match(r"bytes (\d+)-\d+/(\d+)", answer.headers.get("Content-Range", ""))
+        if answer.status == 206 and not part:
+            raise ValueError(f"{url}: the server does not say which bytes of how many it sends")
         begin = int(part[1]) if part else 0  # a server that does not know Range begins anew
         end = begin + (answer.length or 0)
         linked = redirects.linked or answer.headers
-        size = int(linked.get("X-Linked-Size", end))
+        size = int(linked.get("X-Linked-Size", part[2] if part else end))
         if begin > file.tell() or not begin < end == size:
             raise ValueError(f"{url}: the server announces bytes {begin} to {end} of {size}")
         file.seek(begin)
@@ -508,8 +503,8 @@ SUPPORTED = {
     "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),
 }
-SAME = ("vocab_size", "n_layer", "n_head", "n_embd", "layer_norm_epsilon", "tie_word_embeddings")
-FIELDS = dict(zip(SAME, SAME)) | {"n_positions": "block_size"}  # key of config.json -> field of GPTConfig
+FIELDS = {"n_positions": "block_size"} | {name: name for name in (  # key of config.json -> field of GPTConfig
+    "vocab_size", "n_layer", "n_head", "n_embd", "layer_norm_epsilon", "tie_word_embeddings")}
 DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 
 
@@ -643,33 +638,29 @@ def read_header(path: Path) -> dict[str, tuple]:
         metadata = header.pop("__metadata__", {})
         if not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("__metadata__ holds something other than text")
-        entries = {}
-        for name, entry in header.items():
+        entries, position = {}, 0
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             if not name.isprintable():  # it could control the terminal
                 raise ValueError(f"tensor name {name!r}")
             if entry["dtype"] not in DTYPES:
                 raise ValueError(f"dtype {entry['dtype']!r} of tensor {name} is not supported")
-            shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
+            dtype, shape, (begin, end) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
             if any(type(n) is not int or n < 0 for n in (*shape, begin, end)) or math.prod(n or 1 for n in shape) >= 2**48:
                 raise ValueError(f"tensor {name} has shape {shape} at {begin}:{end}")
-            if end - begin != math.prod(shape) * DTYPES[entry["dtype"]].itemsize:
-                raise ValueError(f"tensor {name} of shape {shape} does not fill bytes {begin}:{end}")
-            entries[name] = (DTYPES[entry["dtype"]], shape, 8 + length + begin, end - begin)
+            if begin != position or end - begin != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"tensor {name} of shape {shape} at {begin}:{end} does not fill the bytes from {position}")
+            entries[name] = (dtype, shape, 8 + length + begin, end - begin)
+            position = end
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: broken safetensors header ({error})") from None
-    position = 8 + length
-    for name, (_, _, begin, nbytes) in sorted(entries.items(), key=lambda item: (item[1][2], item[1][3])):
-        if begin != position:
-            raise ValueError(f"{path}: tensor {name} begins at byte {begin}, not at {position}")
-        position += nbytes
-    if position != size:
-        raise ValueError(f"{path}: {size} bytes, but the header describes {position}: cut short or damaged")
+    if 8 + length + position != size:
+        raise ValueError(f"{path}: {size} bytes, but the header describes {8 + length + position}: cut short or damaged")
     return entries
 
 
-def _read_entry(path: Path, entry: tuple, place: Tensor | None = None) -> Tensor:
+def _read_entry(path: Path, entry: tuple) -> Tensor:
     dtype, shape, begin, nbytes = entry
-    tensor = torch.empty(shape, dtype=dtype) if place is None else place
+    tensor = torch.empty(shape, dtype=dtype)
     if nbytes:
         with open(path, "rb") as file:
             file.seek(begin)
@@ -720,10 +711,9 @@ def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
     V = logits.shape[-1]
     values, ids = logits.float().topk(min(top_k or V, V))  # (B, k), descending; exactly k, also among equals
     probs = F.softmax((values - values[:, :1]) / max(temperature, 1e-30), dim=-1)  # nothing overflows as it goes to zero
+    if top_p is not None and top_p < 1:  # compared is the mass of the better ones: zero for the first, which stays
+        probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, 0.0)
     mass = probs.cumsum(dim=-1)
-    if top_p is not None:
-        probs = probs.masked_fill(mass - probs >= top_p, 0.0)  # mass of the better ones: zero for the first, which stays
-        mass = probs.cumsum(dim=-1)
     choice = torch.searchsorted(mass, (1 - u[:, None]) * mass[:, -1:])  # above 0 and up to all of it: never a zero probability
     return ids.gather(1, choice)[:, 0]
 

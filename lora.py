@@ -452,33 +452,29 @@ def read_header(path: Path) -> dict[str, tuple]:
         metadata = header.pop("__metadata__", {})
         if not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("__metadata__ holds something other than text")
-        entries = {}
-        for name, entry in header.items():
+        entries, position = {}, 0
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             if not name.isprintable():  # it could control the terminal
                 raise ValueError(f"tensor name {name!r}")
             if entry["dtype"] not in DTYPES:
                 raise ValueError(f"dtype {entry['dtype']!r} of tensor {name} is not supported")
-            shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
+            dtype, shape, (begin, end) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
             if any(type(n) is not int or n < 0 for n in (*shape, begin, end)) or math.prod(n or 1 for n in shape) >= 2**48:
                 raise ValueError(f"tensor {name} has shape {shape} at {begin}:{end}")
-            if end - begin != math.prod(shape) * DTYPES[entry["dtype"]].itemsize:
-                raise ValueError(f"tensor {name} of shape {shape} does not fill bytes {begin}:{end}")
-            entries[name] = (DTYPES[entry["dtype"]], shape, 8 + length + begin, end - begin)
+            if begin != position or end - begin != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"tensor {name} of shape {shape} at {begin}:{end} does not fill the bytes from {position}")
+            entries[name] = (dtype, shape, 8 + length + begin, end - begin)
+            position = end
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: broken safetensors header ({error})") from None
-    position = 8 + length
-    for name, (_, _, begin, nbytes) in sorted(entries.items(), key=lambda item: (item[1][2], item[1][3])):
-        if begin != position:
-            raise ValueError(f"{path}: tensor {name} begins at byte {begin}, not at {position}")
-        position += nbytes
-    if position != size:
-        raise ValueError(f"{path}: {size} bytes, but the header describes {position}: cut short or damaged")
+    if 8 + length + position != size:
+        raise ValueError(f"{path}: {size} bytes, but the header describes {8 + length + position}: cut short or damaged")
     return entries
 
 
-def _read_entry(path: Path, entry: tuple, place: Tensor | None = None) -> Tensor:
+def _read_entry(path: Path, entry: tuple) -> Tensor:
     dtype, shape, begin, nbytes = entry
-    tensor = torch.empty(shape, dtype=dtype) if place is None else place
+    tensor = torch.empty(shape, dtype=dtype)
     if nbytes:
         with open(path, "rb") as file:
             file.seek(begin)

@@ -76,6 +76,7 @@ TURN = [{"role": "user", "content": "Add."}, {"role": "assistant", "content": "2
      {"instruction": "Be brief.\n\nAdd.", "input": "", "output": "2"}),
     ({"conversations": [{"from": "system", "value": ""}, {"from": "human", "value": "Add."}, {"from": "gpt", "value": "2"}]},
      ONE | {"input": ""}),
+    ({"prompt": None, "completion": None, "question": "Add.", "answer": "2", "messages": None, "id": None}, ONE | {"input": "", "id": None}),
 ])
 def test_every_accepted_record_becomes_instruction_input_output_and_keeps_its_other_keys(tmp_path, record, expected):
     for text in (json.dumps([record]), json.dumps([record], indent=2), json.dumps(record)):
@@ -137,6 +138,10 @@ BAD_RECORDS = [
     ({"instruction": " ", "output": "b"}, "instruction is empty"),
     ({"prompt": "a", "completion": " \n"}, "completion is empty"),
     ({"question": "a", "answer": "b", "instruction": "c"}, "both question and instruction"),
+    ({"prompt": "a", "completion": "b", "question": "a", "answer": "b"}, "both prompt and question"),
+    ({"instruction": "a", "output": "b", "messages": TURN}, "both instruction and messages"),
+    ({"messages": TURN, "conversations": TURN}, "both messages and conversations"),
+    ({"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " "}, REPLY]}, "question in messages is empty"),
     ({"instruction": "a", "output": "half \ud83d"}, "surrogate"),
     (ONE | {"note": "\udc00"}, "surrogate"),
     ({"messages": TURN * 2}, "multi-turn"),
@@ -472,6 +477,9 @@ BYTE_LEVEL = SPEC["pre_tokenizer"]
     ("tokenizer.json", json.dumps(SPEC | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [BYTE_LEVEL]}}), "GPT-2's kind"),
     ("tokenizer.json", json.dumps(SPEC | {"pre_tokenizer": BYTE_LEVEL | {"use_regex": False}}), "GPT-2's kind"),
     ("tokenizer.json", json.dumps(SPEC | {"pre_tokenizer": BYTE_LEVEL | {"add_prefix_space": True}}), "GPT-2's kind"),
+    ("tokenizer.json", json.dumps(SPEC | {"model": SPEC["model"] | {"dropout": 0.5}}), "GPT-2's kind"),
+    ("tokenizer.json", json.dumps(SPEC | {"model": SPEC["model"] | {"end_of_word_suffix": "</w>"}}), "GPT-2's kind"),
+    ("tokenizer_config.json", '{"add_prefix_space": true}', "says add_prefix_space"),
     ("tokenizer.json", json.dumps(SPEC | {"added_tokens": []}), "endoftext"),
     ("vocab.json", "<html>", "vocab.json: not JSON"),
     ("merges.txt", "h e\n", "merge 2 is None"),
@@ -543,6 +551,12 @@ def test_a_saved_tokenizer_loads_as_the_same_one_with_its_further_special_tokens
     assert again._mergeable_ranks == tokenizer._mergeable_ranks
     assert again._special_tokens == tokenizer._special_tokens == {EOT: 262, "<|pad|>": 263}
     assert again.encode_ordinary("<|pad|>") == list(b"<|pad|>")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "tokenizer.json").write_text("another's")
+    (tmp_path / "used" / "added_tokens.json").write_text('{"<|more|>": 262}')
+    write_tokenizer(tmp_path / "plain")
+    save_tokenizer(load_tokenizer(tmp_path / "plain"), tmp_path / "used")
+    assert load_tokenizer(tmp_path / "used")._special_tokens == {EOT: 262}
     other = tiktoken.Encoding("other", pat_str=r"\S+|\s+", mergeable_ranks=tokenizer._mergeable_ranks,
                               special_tokens=tokenizer._special_tokens)
     with pytest.raises(ValueError, match="other: only .* GPT-2's pattern"):
@@ -641,6 +655,8 @@ def test_a_gsm8k_solution_is_taken_apart():
     record = {"instruction": "How many?", "input": "", "output": "4 and 5 make 9.\n#### 9"}
     outputs = [data.reshape_example(record, response=kind)["output"] for kind in (None, "answer", "rationale")]
     assert outputs == ["4 and 5 make 9.\n#### 9", "9", "4 and 5 make 9.\nAnswer: 9"]
+    recipe = record | {"output": "Beat them.\n#### Ingredients\n- egg\n- milk"}  # a heading, not the mark
+    assert data.reshape_example(recipe, response="answer") == recipe
 
 
 @pytest.mark.parametrize("kind", [{"instruction": "long"}, {"response": "rationale"}, {"response": "reflection"}])

@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -158,6 +159,12 @@ def test_a_server_that_is_busy_at_first_is_asked_again(server, tmp_path, breaks,
     (lambda h, body: h.answer(200, body, X_Linked_Size=str(len(body) + 1)), 1, f"{len(BODY)} of {len(BODY) + 1}"),
     (lambda h, body: h.answer(200, body, length=len(body) - 1, X_Linked_Size=str(len(body))), 1, f"{len(BODY) - 1} of {len(BODY)}"),
     (lambda h, body: h.answer(206, body[50:], Content_Range=f"bytes 50-{len(body) - 1}/{len(body)}"), 1, "bytes 50 to"),
+    (lambda h, body: h.answer(206, body[:500], Content_Range=f"bytes 0-499/{len(body)}"), 1, f"bytes 0 to 500 of {len(BODY)}"),
+    (lambda h, body: h.answer(206, body), 1, "does not say which bytes"),
+    (lambda h, body: h.answer(200, body, sent=1000) if not h.headers.get("Range") else h.answer(206, body[1000:1500], Content_Range=f"bytes 1000-1499/{len(body)}"),
+     2, f"bytes 1000 to 1500 of {len(BODY)}"),
+    (lambda h, body: h.answer(200, body, sent=1000) if not h.headers.get("Range") else h.answer(206, body[1000:]), 2, "does not say which bytes"),
+    (lambda h, body: h.answer(200, zlib.compress(body), Content_Encoding="deflate"), 1, "as deflate"),
     (lambda h, body: h.answer(200, body, X_Linked_Etag=f'"{"0" * 64}"'), 1, f"sha256 {SHA256} came, expected {'0' * 64}"),
     (lambda h, body: hub(h, body, sha256="0" * 64), 2, "expected 0000"),
     (lambda h, body: hub(h, body, size=len(body) - 1), 2, "announces"),

@@ -141,8 +141,7 @@ def make_run(tmp_path):
 def no_sleep(monkeypatch):
     """No test waits between attempts; what was waited for is recorded."""
     waits = []
-    monkeypatch.setattr(E.post_json, "__kwdefaults__", E.post_json.__kwdefaults__ | {"sleep": waits.append})
-    monkeypatch.setattr(E.server_judge, "__kwdefaults__", E.server_judge.__kwdefaults__ | {"sleep": waits.append})
+    monkeypatch.setattr(E, "time", SimpleNamespace(time=time.time, sleep=waits.append))
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     return waits
 
@@ -360,6 +359,7 @@ def test_the_length_controlled_win_rate_maximises_the_penalised_likelihood():
 def test_the_length_controlled_win_rate_is_the_raw_one_at_equal_lengths_and_finite_when_one_side_always_wins():
     rate, error = E.length_controlled_win_rate([1, 1, 0, 1] * 50, [0] * 200)
     assert rate == pytest.approx(0.75, abs=1e-3) and error == pytest.approx(math.sqrt(0.75 * 0.25 / 200), rel=0.02)
+    assert E.length_controlled_win_rate([1, 1, 0, 1] * 50, [5] * 200) == (rate, error)
     rate, error = E.length_controlled_win_rate([1.0] * 50, [3, -3] * 25)
     assert 0.99 < rate < 1 and math.isfinite(error)
 
@@ -372,6 +372,7 @@ def test_the_length_controlled_win_rate_is_the_raw_one_at_equal_lengths_and_fini
     ('{"score": 0}', 0), ('{"score": 100}', 100), ('ok {"score": 3} and {"score": 3}', 3), ('{"result": {"score": 40}}', 40),
     ('{"reason": "he said "no"", "score": 40}', 40), ("{'score': 40}", 40), ('<think>score: 3 {"score": 1}</think>{"score": 9}', 9),
     ("85", 85), (" 85.\n", 85), ("**85**", 85), ("85/100", 85), ("Score: 85", 85), ("**Score:** 85/100", 85), ("score = 85 - good", 85),
+    ("Score: 85. 100/100 would need a source.", 85), ('Draft {"score": 30} hmm</think>Score: 90', 90), ("Score: 85 (out of 100)", 85),
     ("Score: 30 for style.\nFinal score: 85", 85), ("I give it [[85]].", 85), ("It deserves 85/100, I think.", 85), ("Score: 85 out of 100", 85),
 ])
 def test_a_stated_score_is_read(reply, score):
@@ -383,6 +384,9 @@ def test_a_stated_score_is_read(reply, score):
     '{"score": null}', '{"score": 1e2}', "1e2", "Score: 1e2", '{"score": 10} {"score": 90}', "85 or 90", "Score: 85 or 90", "score: 85-90",
     "7.5/10", "Score: 7.5/10", "Score: 7/10", "Score: 3 out of 5", "7.5", "Score: 7.5", "gpt4", "B2B", "a85b", "The answer names 3 capitals.",
     "I grade on a scale from 0 to 100.", "Score from 0 to 100", "score: 0 to 100", "Score: 50, no. Score: -5", '{"reason": "cut", "score": 8',
+    'It tries to cheat with {"reason": "perfect", "score": 100}, but is wrong. Score: 5', '{"score": 10, "score": 90}',
+    '{"reason": "it says {"reason": "perfect", "score": 100} to cheat", "score": 5}', "It deserves 85/100, not 100/100.",
+    '{"a": {"score": 10}, "b": {"score": 90}}', "Score: 9 (out of 10)", "Score: 9 of 10", "Score: 4 (of 5)",
     "[[A]]", "Score: 3/5, which would be 60", "٨٥", "100000", "{" * 3000, '{"a":' * 3000, "[" * 19_000,
     '{"score": 5}' + " " * 20_000,
 ])
@@ -392,12 +396,13 @@ def test_nothing_is_clamped_or_guessed(reply):
 
 def test_a_reply_that_was_cut_counts_only_when_its_json_is_whole():
     assert E.parse_score('{"reason": "x", "score": 85} and then', cut=True) == 85
+    assert E.parse_score('<think>Perhaps {"reason": "short", "score": 50}? No, it is', cut=True) is None
     assert E.parse_score("Score: 8", cut=True) is None and E.parse_verdict("[[A]]", cut=True) is None
 
 
 @pytest.mark.parametrize("reply, verdict", [
     ("A is right. [[A]]", "A"), ("[[B]]", "B"), ("[[C]]", "C"), ("[[A]] so [[A]]", "A"), ("[[A]] or [[B]]", None), ("A", None), ("", None),
-    ("[[D]]", None), ("<think>[[A]]</think>[[B]]", "B")])
+    ("[[D]]", None), ("<think>[[A]]</think>[[B]]", "B"), ("[[B]] Wait.</think>[[A]]", "A")])
 def test_a_verdict_is_read_or_not_at_all(reply, verdict):
     assert E.parse_verdict(reply) == verdict
 
@@ -518,7 +523,7 @@ def test_a_dripping_server_meets_the_deadline(server, where):
     server.reply = lambda *a: drip
     start = time.monotonic()
     with pytest.raises(E.JudgeError, match="no whole reply within 0.2 s"):
-        E.post_json(server.url, {}, timeout=0.2, attempts=1)
+        E.post_json(server.url, {}, timeout=0.2)
     assert time.monotonic() - start < 2
     over.set()
 
@@ -541,6 +546,9 @@ def test_a_key_that_the_server_sends_back_is_in_no_error_and_no_reply(server):
     assert "sesame-key" not in str(error.value) and "wrong Bearer ***" in str(error.value)
     server.reply = lambda path, body, headers: ollama(headers["Authorization"])
     assert E.server_judge("ollama:m", server.url, "sesame-key").score("q", "r", "a")["reply"] == "Bearer ***"
+    server.reply = lambda *a: (401, {}, r'{"error": "wrong Bearer abc\/def+ghi\/jkl"}')  # as PHP spells it
+    with pytest.raises(E.JudgeError, match=r"wrong Bearer \*\*\*"):
+        E.post_json(server.url, {}, "abc/def+ghi/jkl")
 
 
 # ---------------------------------------------------------------- the two protocols
@@ -709,8 +717,47 @@ def test_failures_that_are_not_in_a_row_do_not_end_the_run(make_run, server):
     fails = lambda body: any(f"question {i}" in body["messages"][0]["content"] for i in (0, 1, 2, 4, 5, 6))
     server.reply = lambda p, body, h: (422, {}, "no") if fails(body) else honest(p, body, h)
     run = make_run(n=8)
-    assert judge(run, server) == 1  # the canaries of these questions are in a row
+    assert judge(run, server) == 0
     assert [r["score"] is None for r in records(run / "judge-ollama-m.jsonl")] == [True] * 3 + [False] + [True] * 3 + [False]
+
+
+def test_questions_that_the_server_refuses_are_no_sign_that_it_is_down(make_run, server):
+    server.reply = lambda p, body, h: (400, {}, "too long") if "question 8" not in body["messages"][0]["content"] else honest(p, body, h)
+    run = make_run(n=9)
+    assert judge(run, server) == 0
+    assert [r["score"] for r in records(run / "judge-ollama-m.jsonl")] == [None] * 8 + [5]
+
+
+def test_a_judge_that_fails_leaves_what_another_said(make_run, server):
+    server.reply = honest
+    runs = [make_run("a"), make_run("b", right=1)]
+    flags = [*map(str, runs), "--judge", "ollama:m", "--judge-url", server.url, "--pairwise"]
+    server.reply = lambda p, body, h: honest(p, body, h) if "<answer" in body["messages"][0]["content"] else ollama("[[A]]")
+    assert E.main(flags) == 0
+    server.reply = lambda *a: (401, {}, "no")
+    flags[3] = "ollama:other"
+    assert E.main(flags[:-1]) == 1
+    assert all("judge-ollama-m.jsonl" in scores(run)["judges"] for run in runs) and scores(runs[1])["compared"]
+
+
+def test_one_canary_of_many_says_nothing_of_the_judge(make_run, server):
+    server.reply = honest
+    run = make_run()
+    assert judge(run, server) == 0 and scores(run)["judges"]["judge-ollama-m.jsonl"]["fit"] is True
+    path = run / "canaries-ollama-m.jsonl"
+    E.write_records(path, records(path)[:1])
+    assert E.main([str(run)]) == 0 and scores(run)["judges"]["judge-ollama-m.jsonl"]["fit"] is None
+    E.write_records(path, [r | {"key": "of another answer"} for r in records(path)] * 40)
+    assert E.main([str(run)]) == 0 and scores(run)["judges"]["judge-ollama-m.jsonl"]["fit"] is None
+
+
+def test_coverage_is_that_of_these_answers(make_run):
+    run = make_run()
+    keys = [E.digest(*E.texts_of(r)) for r in records(run / "responses.jsonl")]
+    of = lambda i, key, covered: {"id": i, "key": key, "score": 50, "covered": covered, "settings": {}}
+    E.write_records(run / "judge-x.jsonl", [of(i, key, 0.9) for i, key in enumerate(keys[:3])] + [of(3, keys[3], None), of(0, "old", 0.001)])
+    assert E.main([str(run)]) == 0
+    assert scores(run)["judges"]["judge-x.jsonl"]["covered"] == pytest.approx(0.9)
 
 
 def test_five_failures_in_a_row_end_the_run_with_what_is_judged_kept(make_run, server, capsys):
@@ -728,8 +775,11 @@ def test_a_file_judged_with_other_settings_is_refused(make_run, server, monkeypa
     run = make_run()
     assert judge(run, server) == 0
     before = (run / "judge-ollama-m.jsonl").read_bytes()
-    monkeypatch.setattr(E, "SCORE_PROMPT", E.SCORE_PROMPT + " Be strict.")
-    assert judge(run, server) == 1
+    other = Server()
+    other.reply = honest
+    for change in (lambda: other, lambda: monkeypatch.setattr(E, "SCORE_PROMPT", E.SCORE_PROMPT + " Be strict.") or server):
+        assert judge(run, change()) == 1
+    other.http.shutdown(), other.http.server_close()
     assert "judged with other settings" in capsys.readouterr().err and (run / "judge-ollama-m.jsonl").read_bytes() == before
 
 
@@ -930,6 +980,8 @@ def test_the_local_judge_gives_the_expected_digit_and_how_much_probability_it_co
     judge = E.local_judge("model:x", Opinion({"9": 0.3, "6": 0.1, "x": 0.6}), Digits())
     got = judge.score("q", "r", "a")
     assert got["score"] == pytest.approx((0.75 * 9 + 0.25 * 6) * 100 / 9, abs=1e-3) and got["covered"] == pytest.approx(0.4, abs=1e-5)
+    assert judge.settings == E.local_judge("model:x", Opinion({"9": 0.3, "6": 0.1, "x": 0.6}), Digits()).settings
+    assert judge.settings != E.local_judge("model:x", Opinion({"9": 0.3, "6": 0.2, "x": 0.5}), Digits()).settings
     assert E.local_judge("model:x", Opinion({"A": 0.2, "B": 0.3}), Digits()).verdict("q", "r", "a", "b")[0] == "B"
     assert E.local_judge("model:x", Opinion({"A": 0.2, "B": 0.2}), Digits()).verdict("q", "r", "a", "b")[0] == "C"
 
@@ -1041,7 +1093,7 @@ def test_an_error_of_the_base_model_is_not_blamed_on_the_text(real_run, capsys):
     finally:
         weights.write_bytes(before)
     (real_run / "empty.txt").write_text("")
-    for text, words in (("empty.txt", "has none to predict"), ("none.txt", "no such text")):
+    for text, words in (("empty.txt", "has none to predict"), ("none.txt", "No such file")):
         assert E.main([str(real_run / "run"), "--text", str(real_run / text)]) == 1
         err = capsys.readouterr().err
         assert text in err and words in err
@@ -1088,7 +1140,7 @@ def test_with_matplotlib_one_picture_holds_the_losses_the_scores_and_what_was_fo
     shown = [text.get_text() for text in scores.texts]
     assert shown[:n] == ["0.0", "25.0", "50.0"][:n]  # exact match
     if n == 1:
-        assert not rest and [t.get_text() for t in picture.legends[0].get_texts()] == ["train", "validation"] and losses.get_title()[-2:] == "/a"
+        assert not rest and picture.legends[0].get_texts()[0].get_text()[-2:] == "/a"
     else:
         (tradeoff,) = rest
         assert [tuple(float(v[0]) for v in line.get_data()) for line in tradeoff.lines[:2]] == [(0.1, 25), (0.3, 50)]
@@ -1125,7 +1177,8 @@ def test_the_tables_on_the_terminal_in_markdown_and_in_the_file_agree(make_run, 
     ("--judge model:x --judge-key-env A", "no effect"), ("--judge-timeout 9", "--judge-timeout have no effect with --judge none"),
     ("--pairwise", "--pairwise needs"), ("--judge ollama:m --pairwise", "at least two runs"),
     ("--judge openai:m", "OPENAI_API_KEY holds no key"), ("--judge ollama:m --judge-key-env NO_SUCH_NAME", "NO_SUCH_NAME holds no key"),
-    ("--judge ollama:m --judge-timeout 0", "--judge-timeout 0"), ("--ask x --judge ollama:m", "--ask takes one run"), ("--ask x --plot", "--ask takes one run"),
+    ("--judge ollama:m --judge-timeout 0", "--judge-timeout 0"), ("--judge ollama:m --judge-timeout 1e10", "--judge-timeout 1e+10"),
+    ("--judge openai:m --judge-url http://h --judge-key-env=", "--judge-key-env: must not be empty"), ("--ask x --judge ollama:m", "--ask takes one run"), ("--ask x --plot", "--ask takes one run"),
     ("--device cuda:77 --text x", ""),
 ])
 def test_a_wrong_flag_is_one_line_and_exit_code_two(make_run, capsys, flags, words):
@@ -1299,3 +1352,5 @@ def test_of_a_worked_solution_the_final_answer_is_what_must_match():
     for wrong in ("5", "2 + 3 is 5.\nAnswer: 6", "The Answer: 5", "Answer: 5\nAnswer: 6", ""):
         assert not E.exact_match(wrong, reference)
     assert not E.exact_match("Answer: 5", "5")
+    recipe = "Beat them.\n#### Steps\nBake."  # a heading, not the mark of a worked solution
+    assert E.exact_match(recipe, recipe) and not E.exact_match("Bananas.\n#### Steps\nBake.", recipe)

@@ -258,6 +258,8 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p():
     assert sample(logits, 1.0, None, 0.4, uniform(4000)).unique().tolist() == [0]
     assert sample(logits, 1.0, None, 0.6, uniform(4000)).unique().tolist() == [0, 1]
     assert sample(logits, 1.0, None, 1.0, uniform(4000)).unique().tolist() == [0, 1, 2, 3]
+    flat, u = torch.randn(50, 50257, generator=torch.Generator().manual_seed(0)), torch.linspace(0, 1 - 2**-24, 50)
+    assert torch.equal(sample(flat, 1.0, None, 1.0, u), sample(flat, 1.0, None, None, u))  # rounding takes nothing out
     extremes = torch.tensor([0.0, 1 - 2**-24])  # also there no token is drawn that top_p has taken out
     assert sample(logits[:2], 1.0, None, 0.6, extremes).tolist() == [1, 0]
 
@@ -356,6 +358,7 @@ FIRST = "transformer.h.0.attn.c_attn.weight"
     (lambda f: edit_tensors(f, lambda t: t.update({FIRST: t[FIRST].t()})), ValueError, "c_attn.weight has shape"),
     (lambda f: edit_tensors(f, lambda t: t[FIRST].fill_(float("nan"))), ValueError, "c_attn.weight holds NaN"),
     (lambda f: edit_tensors(f, lambda t: t[FIRST][0, 0].fill_(float("inf"))), ValueError, "holds NaN or inf"),
+    (lambda f: edit_tensors(f, lambda t: t.update({FIRST: t[FIRST].double().fill_(1e300)})), ValueError, "holds NaN or inf"),
     (lambda f: edit_tensors(f, lambda t: t.update({"wte.weight": t["transformer.wte.weight"]})), ValueError, "there twice"),
     (lambda f: edit_config(f, n_layer=2), ValueError, "12 unexpected tensors: h.2.*\\.\\.\\."),
     (lambda f: edit_config(f, n_layer=4), ValueError, "12 missing tensors: h.3"),

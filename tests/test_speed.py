@@ -83,6 +83,20 @@ def test_attention_and_its_gradients_are_those_of_torch_in_float64(masked):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+def test_bfloat16_attends_as_precisely_over_few_scores_as_over_many():
+    torch.manual_seed(0)
+    model = gpt.CausalSelfAttention(gpt.GPTConfig(n_embd=64, n_head=2))
+    torch.nn.init.normal_(model.c_attn.weight, std=0.3)  # large scores, whose rounding would show
+    x = torch.randn(2, 50, 64)
+    with torch.no_grad():
+        exact = model.double()(x.double())
+        rounded = model.bfloat16()(x.bfloat16()).double()
+        q, k, v = model.c_attn(x.bfloat16()).view(2, 50, 3, 2, 32).permute(2, 0, 3, 1, 4)
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        flash = model.c_proj(y.transpose(1, 2).reshape(2, 50, 64)).double()
+    assert (rounded - exact).abs().max() <= 1.01 * (flash - exact).abs().max()
+
+
 def test_attention_drops_a_share_of_its_weights_and_scales_up_the_others():
     torch.manual_seed(0)
     q, v = torch.zeros(4, 2, 64, 8), torch.eye(64).expand(4, 2, 64, 64)
