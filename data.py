@@ -292,11 +292,11 @@ def load_tokenizer(name_or_folder) -> tiktoken.Encoding:
     """GPT-2's byte-level BPE from a model folder, or by name: `tiny`, `gpt2`, `gpt2-medium`, ...
 
     A folder's tokenizer.json is read first, then vocab.json + merges.txt, then its *.tiktoken. All
-    is checked before tiktoken sees it, whose panics `except Exception` would miss. A name goes
-    before a folder called the same (`./gpt2` is the folder). Raises FileNotFoundError where there
-    is no tokenizer, ValueError where it is broken or would not cut text as GPT-2's does.
+    is checked before tiktoken sees it, whose panics `except Exception` would miss. A name takes
+    precedence over a folder of that name (`./gpt2`, or a Path, is the folder). Raises FileNotFoundError
+    where there is no tokenizer, ValueError where it is broken or would not split text as GPT-2's does.
     """
-    name = str(name_or_folder)
+    name = name_or_folder if isinstance(name_or_folder, str) else None
     folder = cache_folder() / name if name in GPT2_NAMES else TINY / "model" if name == "tiny" else Path(name_or_folder)
     if name in GPT2_NAMES and not (folder / "merges.txt").is_file():  # all five have the same
         try:

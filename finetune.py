@@ -61,7 +61,7 @@ from data import (INSTRUCTIONS, RESPONSES, TEMPLATES, batches, collate, data_fil
 from evaluate import (drawable, eval_mode, exact_match, example_nlls, first_token_entropies, generate_responses,
                       instruction_following_difficulty, plot_losses, read_records, sparkline, write_records)
 from freeze import FreezeError, freeze, whole
-from gpt import GPT, generate, model_folder, read_json, read_safetensors, write_json, write_safetensors
+from gpt import PUBLISHED, GPT, generate, model_folder, read_json, read_safetensors, write_json, write_safetensors
 from lora import add_lora, load_lora, save_lora
 
 try:
@@ -71,11 +71,11 @@ except ImportError:  # Windows: run folders are not locked there, and memory is 
     fcntl = resource = None
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-HEAD_ROWS = 1024  # positions whose logits exist at one time; each such part costs a gradient of the whole head,
-FROZEN_HEAD_ROWS = 128  # unless it is frozen
+HEAD_ROWS = 1024  # positions per chunk of logits; each chunk also costs a gradient of the size of the head
+FROZEN_HEAD_ROWS = 128  # smaller chunks where the head is frozen and has no gradient
 PREFIX_BYTES = 2**30  # of --cache-prefix that stay in memory
 CURRICULA = ("none", "length", "level", "ifd", "random")
-TAU = 0.05  # nats per response token by which a shorter instruction may be harder and is still taken
+TAU = 0.05  # a shorter instruction is taken if it costs at most so many more nats per response token
 LEAST_RATE, LEAST_CLIP = 1e-20, 1e-6  # below them updates vanish: beside any weight, beside AdamW's epsilon
 MAX_SKIPPED = 5  # steps in a row without a finite loss and gradient, after which the run ends
 
@@ -135,19 +135,10 @@ def auto(parse):
     return auto_or
 
 
-def given(text):
+def nonempty(text):
     """An argparse type: text. Empty, from a shell variable that was never set, it would be taken for the default."""
     if not text or "\0" in text:
         raise argparse.ArgumentTypeError("must not be empty" if not text else "holds a NUL character")
-    return text
-
-
-def loss_target(text):
-    """The argparse type of --loss-on."""
-    try:
-        prompt_weight(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
     return text
 
 
@@ -162,19 +153,19 @@ def parse_args(argv=None):
     parser.error = lambda message: sys.exit(complain(f"{message} (see --help)", code=2))
 
     add = parser.add_argument_group("what").add_argument
-    add("--model", type=given, default="tiny",
+    add("--model", type=nonempty, default="tiny",
         help="a model folder, a run folder, or tiny (embedded, the default), gpt2, gpt2-medium, gpt2-large, gpt2-xl, "
              "distilgpt2 (downloaded once)")
-    add("--data", type=given, default="tiny",
+    add("--data", type=nonempty, default="tiny",
         help="a file of records, or tiny (embedded, the default), book, alpaca (downloaded once)")
-    add("--out", type=lambda text: Path(given(text)), help="run folder to write (default: runs/MODEL-POLICY)")
+    add("--out", type=lambda text: Path(nonempty(text)), help="run folder to write (default: runs/MODEL-POLICY)")
 
     add = parser.add_argument_group("which weights").add_argument
-    add("--trainable", type=given,
+    add("--trainable", type=nonempty,
         help="freeze policy, e.g. all, last_block, lora,norms (default: all; lora with --lora-r)")
     add("--lora-r", type=count, help="rank of the adapters to add (default: none)")
     add("--lora-alpha", type=number(float, 1e-6, 1e38), help="scale times rank (default: 2 r)")
-    add("--lora-targets", type=given, help="suffixes or patterns of module names (default: c_attn,c_proj,c_fc)")
+    add("--lora-targets", type=nonempty, help="suffixes or patterns of module names (default: c_attn,c_proj,c_fc)")
     add("--lora-dropout", type=number(float, 0, 0.99), help="on the adapters' input (default: 0)")
     add("--rslora", action="store_true", help="scale by alpha / sqrt(r) in place of alpha / r")
     add("--loraplus-ratio", type=number(float, 0, low_ok=False), help="rate of B over rate of A, LoRA+ (default: 1)")
@@ -182,7 +173,7 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("data").add_argument
     add("--template", choices=list(TEMPLATES), default="alpaca", help="prompt format (default: alpaca)")
-    add("--loss-on", type=loss_target, default="response",
+    add("--loss-on", default="response",
         help="response, all, or a weight 0..1 for the prompt's tokens (default: response)")
     add("--max-length", type=number(int, 2), help="cut examples to so many tokens (default: block_size)")
     add("--max-examples", type=count, help="train on so many records of the training part (default: all)")
@@ -242,6 +233,10 @@ def parse_args(argv=None):
 
 def check_flags(args, parser):
     """Refuse flags that the others would make meaningless, and fill in the defaults that depend on them."""
+    try:
+        prompt_weight(args.loss_on)
+    except ValueError as error:
+        parser.error(f"--loss-on: {error}")
     if args.resume and args.overwrite:
         parser.error("--resume and --overwrite exclude each other")
     if args.fsdp and args.cache_prefix:
@@ -272,8 +267,8 @@ def check_flags(args, parser):
 def keep_memory() -> None:
     """Let glibc keep what is freed. A step frees and takes again the same gigabytes, which the kernel would otherwise
     take back, clear and hand out page by page each time. Elsewhere (musl, macOS, Windows) nothing happens."""
-    # For each of the last 1,024 shapes, thus for all lengths of the data, oneDNN keeps what it compiled and memory
-    # to work in. Blocks that stay cut up what is freed around them, and the process grows. One step's are enough.
+    # oneDNN keeps a compiled kernel and its workspace for each of the last 1,024 shapes, thus for all lengths of the
+    # data. Such long-lived blocks fragment the heap, and the process grows. One step's are enough.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "24")
     os.environ.setdefault("LRU_CACHE_CAPACITY", "1")  # torch's own, on top
     try:
@@ -287,8 +282,8 @@ def keep_memory() -> None:
 @contextmanager
 def multiply_with_onednn():
     """Inside `with`, oneDNN multiplies fp32 matrices where the CPU has AVX-512. torch's choice, MKL, uses only AVX2 on
-    AMD's CPUs: half as fast on Zen 5. torch hands them over only with leave to round the factors to bf16. On few CPUs
-    (with AMX, or Arm's) oneDNN makes use of it: there products in which it would show say so, and all stays as it was."""
+    AMD's CPUs: half as fast on Zen 5. torch uses it only where rounding the factors to bf16 is allowed. A few CPUs
+    (with AMX, or Arm's) would then really round: the test products detect that, and the setting is undone."""
     matmul = torch.backends.mkldnn.matmul
     before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
     x = torch.full((256, 256), 1 + 2**-12)  # 1 in bf16
@@ -418,17 +413,28 @@ def cut_as(p, tensor):
 # the model at hand
 
 
-def locate(model: str, above=()) -> tuple[Path, Path | None]:
-    """The model folder that --model means, and its adapter if that is a run; `above`: the runs that are based on it."""
+def is_name(model: str) -> bool:
+    """Whether --model names a model; else it is a path."""
+    return model in ("tiny", *PUBLISHED)
+
+
+def model_path(model: str) -> str:
+    """What --model means from any working directory."""
+    return model if is_name(model) else str(Path(model).absolute())
+
+
+def locate(model: str) -> tuple[Path, Path | None]:
+    """The model folder that --model means, and its adapter if that is a run."""
     run = Path(model)
     if not (run / "run.json").is_file():
         return model_folder(model), None
     info = read_json(run / "run.json")
     try:
-        base, trained = Path(info["flags"]["model"]), info.get("freeze", {}).get("trainable", [])
+        given, trained = info["flags"]["model"], info.get("freeze", {}).get("trainable", [])
         needed = {"adapter" if is_adapter(name) else "model" for name in trained}
-        origin = os.path.realpath(base)
-    except (KeyError, TypeError, AttributeError, ValueError):
+        if not isinstance(given, str):
+            raise TypeError
+    except (KeyError, TypeError, AttributeError):
         raise ValueError(f"{run / 'run.json'}: not what finetune.py writes (flags.model, freeze.trainable)") from None
     adapter = run / "adapter" if (run / "adapter").is_dir() else None
     needed = needed or {"adapter" if adapter else "model"}
@@ -436,12 +442,10 @@ def locate(model: str, above=()) -> tuple[Path, Path | None]:
         raise FileNotFoundError(f"{run / missing[0]}: no such folder, but the run trained what belongs there")
     if (run / "model").is_dir():
         return run / "model", adapter
-    above = (*above, os.path.realpath(run))
-    if origin in above:
-        others = ", by way of others" if len(above) > 1 else ""
-        raise ValueError(f"{run / 'run.json'}: the run names itself as its base{others}")
+    # The adapter names its base by an absolute path; a name is valid on other machines too.
+    base = given if is_name(given) else read_json(adapter / "adapter_config.json").get("base_model_name_or_path") or given
     try:
-        return locate(str(base), above)[0], adapter
+        return model_folder(base), adapter
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{run}: its base model is gone: {error}") from None
 
@@ -489,7 +493,8 @@ def choose_how_blocks_run(args, model, plan, machine) -> None:
             reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise UsageError(f"--compile: torch.compile does not work on this machine ({reason}); install a C++ "
                              "compiler (on a GPU triton too), or leave the flag out") from None
-        model.run_block = torch.compile(model.run_block, dynamic=True)  # one function for all blocks and lengths
+        # One function for all blocks and lengths, compiled anew for each pattern of what trains and what drops.
+        model.run_block = torch.compile(model.run_block, dynamic=True, recompile_limit=64)
     if args.recompute:
         if lowest_block(plan.eligible, model.config.n_layer) == model.config.n_layer:
             raise UsageError(f"--recompute: under --trainable {args.trainable} the backward pass enters no block; "
@@ -521,7 +526,7 @@ def prepare_data(args, model, tokenizer) -> Data:
     stages = order_by_difficulty(args, train_set, kept, [examples[i].get("level") for i in kept], ifd)
 
     account = {"path": str(path), "sha256": sha256(path), "rows": len(examples), "used": len(train_set) + len(val_set),
-               "dropped": counts["dropped"], "truncated": counts["truncated"]}
+               "dropped": counts["dropped"], "truncated": sum(e.ids[-1] != tokenizer.eot_token for e in train_set + val_set)}
     if args.instruction != "adaptive":
         return Data(train_set, kept, stages, val_set, reshape_all(args, test_part, args.instruction), account)
     short, long = INSTRUCTIONS
@@ -545,8 +550,6 @@ def order_by_difficulty(args, train_set, kept, levels, ifd) -> list[list[int]]:
 
 def encode_part(args, label, part, model, tokenizer, counts):
     """The (position, record) pairs of a part as (list of Encoded, their positions), noting what is dropped or cut."""
-    if not part:
-        return [], []
     if args.instruction == "adaptive":
         records = shortest_instructions(args, label, part, model, tokenizer)
     else:
@@ -684,12 +687,12 @@ def prepare_prefix(args, model, plan, data, machine) -> Prefix | None:
 
 class CrossEntropy(torch.autograd.Function):
     """Cross-entropy (N,) in nats of logits (N, V) for targets (N,). F.cross_entropy holds four tensors as large as the
-    logits in the course of a step; here the logits themselves become their gradient, so the graph serves only once."""
+    logits in the course of a step; here the logits themselves become their gradient, so backward can run only once."""
 
     @staticmethod
     def forward(ctx, logits, targets):
         highest = logits.amax(1, keepdim=True)  # (N, 1)
-        sums = torch.cat([(part - most).exp_().sum(1, keepdim=True)  # in parts: this takes a copy of what it is given
+        sums = torch.cat([(part - most).exp_().sum(1, keepdim=True)  # in parts, as the subtraction allocates a copy
                           for part, most in zip(logits.split(64), highest.split(64))])
         ctx.save_for_backward(logits, targets[:, None], highest, sums)
         return (sums.log() + (highest - logits.gather(1, targets[:, None])))[:, 0]
@@ -731,7 +734,7 @@ def loss_sum(model, batch, loss_on, machine, prefix=None) -> tuple[Tensor, float
     only where a loss is wanted: most positions of an instruction are prompt."""
     inputs, targets = collate(batch, "all")  # (B, T) each
     weights = token_weights(batch, loss_on).flatten()  # (B T,)
-    n = float(weights.sum())  # before they are on the GPU: asking it would hold up the backward pass
+    n = float(weights.sum())  # on the CPU: reading it from the GPU would force a sync
     wanted = weights.nonzero()[:, 0]  # (N,)
     hidden, first = (prefix(batch), prefix.layer) if prefix else (None, 0)
     device = machine.device
@@ -739,7 +742,7 @@ def loss_sum(model, batch, loss_on, machine, prefix=None) -> tuple[Tensor, float
         hidden = model.features(inputs.to(device), wanted=wanted.to(device), hidden=hidden, first=first)  # (N, C)
         targets, weights = targets.flatten()[wanted].to(device), weights[wanted].to(device)
         token_losses = lambda h, t: CrossEntropy.apply(model.lm_head(h).float(), t)
-        parameters = [p for p in model.lm_head.parameters() if p.requires_grad]  # whole by now, if they are sharded
+        parameters = [p for p in model.lm_head.parameters() if p.requires_grad]  # unsharded by now
         rows = HEAD_ROWS if parameters else FROZEN_HEAD_ROWS
         if torch.is_grad_enabled() and len(wanted) > rows:
             return LossInParts.apply(token_losses, rows, targets, weights, hidden, *parameters), n
@@ -747,12 +750,12 @@ def loss_sum(model, batch, loss_on, machine, prefix=None) -> tuple[Tensor, float
     return losses @ weights, n  # out here, or autocast would round this product, and with it the whole gradient, to bf16
 
 
-def mean_loss(model, encoded, batch_size, loss_on, machine, limit=None, prefix=None) -> float | None:
-    """Loss per supervised token over a data part (at most `limit` batches of it); None for an empty part."""
+def mean_loss(model, encoded, batch_size, loss_on, machine, limit=None, prefix=None) -> float:
+    """Loss per supervised token over a data part, or about `limit` batches of it."""
     order = sorted(encoded, key=lambda e: len(e.ids))
     chunks = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
     if limit:
-        chunks = chunks[::math.ceil(len(chunks) / limit) or 1]  # spread over the lengths
+        chunks = chunks[::math.ceil(len(chunks) / limit)]  # spread over the lengths
     total, count = 0.0, 0.0
     with eval_mode(model):
         for first in range(0, len(chunks), machine.world):  # each process as often: a sharded model needs them all
@@ -762,7 +765,7 @@ def mean_loss(model, encoded, batch_size, loss_on, machine, limit=None, prefix=N
                 total, count = total + float(loss), count + n
     reshard(model)
     total, count = total_over_processes([total, count], machine.device)
-    return total / count if count else None
+    return total / count
 
 
 def rate_at(step: int, total: int, warmup: int, schedule: str) -> float:
@@ -803,10 +806,7 @@ def adapter_lr(args, plan) -> float:
 class AdamW(torch.optim.AdamW):
     """torch's own, without the decorators that import torch's compiler, which takes 0.9 s and 70 MB."""
 
-    zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
     add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
-    state_dict = inspect.unwrap(torch.optim.AdamW.state_dict)
-    load_state_dict = inspect.unwrap(torch.optim.AdamW.load_state_dict)
 
     @torch.no_grad()
     def step(self):
@@ -843,14 +843,18 @@ def refuse_idle_flags(args, model, plan) -> None:
 
 def prepare_plan(args, model, train_set):
     """(plan, optimizer): freeze by the policy, both checked; fills in --lr."""
+    if re.search("rgn:|hybrid:", args.trainable) and args.loss_on not in ("response", "all"):
+        raise UsageError(f"--loss-on {args.loss_on}: under --trainable {args.trainable} gradients choose what trains, and "
+                         "they are those of the response's tokens or of all; take one of the two")
     order = batches([len(e.ids) for e in train_set], args.batch_size, args.seed, 0)
-    probe = [collate([train_set[i] for i in indices]) for indices in order[:5]]  # for policies that choose by gradients
+    # For policies that choose by gradients.
+    probe = [collate([train_set[i] for i in indices], args.loss_on) for indices in order[:5]]
     try:
         plan = freeze(model, args.trainable, batches=probe, seed=args.seed)
     except ValueError as error:
         raise UsageError(f"--trainable {args.trainable}: {error}") from None
-    for flag, value in (("--lora-r", args.lora_r), ("--loraplus-ratio", args.loraplus_ratio)):
-        if value is not None and not any(map(is_adapter, plan.eligible)):
+    for flag, value, matrix in (("--lora-r", args.lora_r, ".lora_"), ("--loraplus-ratio", args.loraplus_ratio, ".lora_B.")):
+        if value is not None and not any(matrix in name for name in plan.eligible):
             raise UsageError(f"{flag} {value:g}: no adapter trains under --trainable {args.trainable}; add lora to it")
     plan.set_modes(model.train())
     refuse_idle_flags(args, model, plan)
@@ -889,11 +893,11 @@ def fingerprint(args, machine, model, data) -> dict:
     ids = hashlib.sha256(repr(data.stages).encode())
     for example in data.train + data.val:
         ids.update(repr(example).encode())
-    adapters = {name: repr(module.configs) for name, module in model.named_modules() if hasattr(module, "configs")}
     return ({key: value for key, value in vars(args).items() if key not in SETTINGS}
             | {f"model {key}": value for key, value in asdict(model.config).items()}
-            | {f"adapter {name}": configs for name, configs in adapters.items()}
-            | {"data sha256": data.account["sha256"], "token ids": ids.hexdigest(), "processes": machine.world})
+            | {f"adapter {name}": repr(m.configs) for name, m in model.named_modules() if hasattr(m, "configs")}
+            | {"data sha256": data.account["sha256"], "token ids": ids.hexdigest(), "processes": machine.world,
+               "dtype": str(machine.dtype)})
 
 
 def saved_checkpoints(out: Path) -> list[Path]:
@@ -944,8 +948,8 @@ def save_checkpoint(out: Path, state: dict, run: dict, tensors: dict, plan, keep
         temp.mkdir(parents=True)
         file = temp / "state.safetensors"
         write_safetensors(file, tensors)
-        manifest = {"state": state, "run": run, "proof": plan.proof,
-                    "files": {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)}}}
+        manifest = {"state": state, "run": run, "proof": plan.proof, "checks": plan.checks,
+                    "file": [file.stat().st_size, sha256(file)]}
         write_json(temp / "manifest.json", manifest | {"sha256": manifest_sha256(manifest)})
         sync(temp / "manifest.json", temp, out / "metrics.jsonl")
         shutil.rmtree(folder, ignore_errors=True)  # damaged, or the run would not have come from before it
@@ -969,10 +973,9 @@ def find_checkpoint(out: Path) -> tuple[Path, dict]:
             manifest = read_json(folder / "manifest.json")
             if manifest.get("sha256") != manifest_sha256(manifest):
                 raise ValueError("manifest.json is not what its sha256 says")
-            for name, entry in manifest["files"].items():
-                path = folder / Path(name).name
-                if path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]:
-                    raise ValueError(f"{name} is not what its size and sha256 in the manifest say")
+            file, (size, digest) = folder / "state.safetensors", manifest["file"]
+            if file.stat().st_size != size or sha256(file) != digest:
+                raise ValueError(f"{file.name} is not what its size and sha256 in the manifest say")
             return folder, manifest
         except (ValueError, OSError) as error:
             say(f"note     skipped {folder}: {error}")
@@ -1001,6 +1004,7 @@ def load_checkpoint(args, machine, run: dict, model, plan, optimizer) -> dict:
         plan.resume(model, manifest["proof"])
     except FreezeError as error:
         raise FreezeError(f"--resume: {folder}: {error}; has --model {args.model} changed since?") from None
+    plan.checks.update(manifest["checks"])  # a Counter's update adds
     plan.check_optimizer(optimizer)
     if machine.rank == 0:
         cut_metrics(args.out / "metrics.jsonl", manifest["state"]["step"])
@@ -1124,24 +1128,8 @@ def take_step(model, plan, optimizer, batch, share, taken, args, machine, prefix
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * share
         optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    model.zero_grad()
     return loss, norm
-
-
-def count_step(state: dict, batch, loss: float, norm: float, window: int) -> None:
-    """Note a step in the run's state, with the latest `window` losses; ArithmeticError after MAX_SKIPPED in vain."""
-    state["step"] += 1
-    state["tokens"] += sum(len(e.ids) for e in batch)
-    if math.isfinite(loss) and math.isfinite(norm):
-        state["taken"] += 1
-        state["skipped in a row"] = 0
-        state["recent"] = (state["recent"] + [loss])[-window:]
-        return
-    state["skipped in a row"] += 1
-    say(f"note     step {state['step']} skipped: loss {loss}, gradient norm {norm}")
-    if state["skipped in a row"] == MAX_SKIPPED:
-        raise ArithmeticError(f"{MAX_SKIPPED} steps in a row without a finite loss and gradient, the last is "
-                              f"step {state['step']}: lower --lr or --lora-alpha, or use --dtype fp32")
 
 
 def total_steps(args, stages, world) -> int:
@@ -1158,7 +1146,6 @@ def train(args, machine, model, plan, optimizer, data, state, signals, save_stat
     warmup = round(args.warmup if args.warmup >= 1 else args.warmup * total)
     eval_every = args.eval_every or max(1, total // 10)
     validate = lambda limit: mean_loss(model, data.val, args.batch_size, args.loss_on, machine, limit, data.prefix)
-    shown = lambda loss: "" if loss is None else f"  val loss {loss:.3f}"
     finite = lambda value: value if math.isfinite(value) else None  # JSON has no NaN
 
     def log(**figures):
@@ -1169,7 +1156,7 @@ def train(args, machine, model, plan, optimizer, data, state, signals, save_stat
     val_loss = validate(args.eval_batches)
     if state["step"] == 0:
         log(epoch=0, train_loss=None, val_loss=val_loss, lr=0.0, tokens=0)
-    status(f"step {state['step']}/{total}{shown(val_loss)}", keep=True)
+    status(f"step {state['step']}/{total}  val loss {val_loss:.3f}", keep=True)
     begin, before, tokens_before, validating = time.perf_counter(), state["seconds"], state["tokens"], 0.0
     for step, (epoch, indices) in enumerate(itertools.islice(order, total)):
         if step < state["step"]:  # taken before the run was resumed
@@ -1184,9 +1171,21 @@ def train(args, machine, model, plan, optimizer, data, state, signals, save_stat
             plan.check_optimizer(optimizer)
         batch, share = [data.train[i] for i in indices], rate_at(step, total, warmup, args.schedule)
         loss, norm = take_step(model, plan, optimizer, batch, share, state["taken"], args, machine, data.prefix)
-        count_step(state, batch, loss, norm, eval_every)
-        step, last = state["step"], state["step"] == total
+        state["step"] = step = step + 1
+        state["tokens"] += sum(len(e.ids) for e in batch)
+        if math.isfinite(loss) and math.isfinite(norm):
+            state["taken"] += 1
+            state["skipped in a row"] = 0
+            state["recent"] = (state["recent"] + [loss])[-eval_every:]
+        else:
+            state["skipped in a row"] += 1
+            plan.skip()
+            say(f"note     step {step} skipped: loss {loss}, gradient norm {norm}")
+            if state["skipped in a row"] == MAX_SKIPPED:
+                raise ArithmeticError(f"{MAX_SKIPPED} steps in a row without a finite loss and gradient, the last is "
+                                      f"step {step}: lower --lr or --lora-alpha, or use --dtype fp32")
 
+        last = step == total
         due = step % eval_every == 0 and not last
         if due:
             pause = time.perf_counter()
@@ -1195,9 +1194,9 @@ def train(args, machine, model, plan, optimizer, data, state, signals, save_stat
         seconds = time.perf_counter() - begin
         state["seconds"], state["rate"] = before + seconds, (state["tokens"] - tokens_before) / (seconds - validating)
         log(epoch=epoch + 1, train_loss=finite(loss), val_loss=val_loss if due else None,
-            lr=optimizer.param_groups[0]["lr"], grad_norm=finite(norm), tokens=state["tokens"],
+            lr=args.lr * share, grad_norm=finite(norm), tokens=state["tokens"],
             seconds=round(state["seconds"], 3), records=[data.positions[i] for i in indices])
-        status(f"step {step}/{total}  epoch {epoch + 1}  train loss {mean(state['recent']):.3f}{shown(val_loss)}  "
+        status(f"step {step}/{total}  epoch {epoch + 1}  train loss {mean(state['recent']):.3f}  val loss {val_loss:.3f}  "
                f"{state['rate']:,.0f} tok/s  ETA {minutes(state['seconds'] / step * (total - step))}", keep=due or last)
 
         stop = signals.on_any_process(machine.device)
@@ -1217,10 +1216,8 @@ def train(args, machine, model, plan, optimizer, data, state, signals, save_stat
 class Signals:
     """Inside `with`, SIGINT and SIGTERM are only noted: a step, a checkpoint or the result is finished first."""
 
-    def __init__(self):
-        self.noted, self.before = 0, {}
-
     def __enter__(self):
+        self.noted, self.before = 0, {}
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.before[number] = signal.signal(number, self.note)
@@ -1235,12 +1232,9 @@ class Signals:
         self.noted = self.noted or number
 
     def on_any_process(self, device) -> int:
-        """The signal noted here or elsewhere, or 0: all processes must stop after the same step."""
-        if not dist.is_initialized():
-            return self.noted
-        noted = torch.tensor(self.noted, device=device)
-        dist.all_reduce(noted, op=dist.ReduceOp.MAX)
-        return int(noted)
+        """The signal noted here, SIGTERM if only another process has one, or 0: all must stop after the same step."""
+        anywhere = total_over_processes([self.noted], device)[0]
+        return self.noted or (int(signal.SIGTERM) if anywhere else 0)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1276,14 +1270,12 @@ def choose_out(args, folder: Path, adapter: Path | None) -> None:
     args.trainable = args.trainable or ("lora" if args.lora_r or adapter else "all")
     name = Path(args.model).resolve().name if Path(args.model).is_dir() else args.model
     args.out = args.out or Path("runs") / re.sub(r"[^\w.,-]+", "_", f"{name}-{args.trainable}")
-    if os.path.realpath(args.out) == os.path.realpath(args.model):
-        raise UsageError(f"--out {args.out}: is the run that --model goes on from; choose another")
-    check_out(args)
     for path in (folder, adapter):
         refuse_within(args.out, "--model", path)
+    check_out(args)
 
 
-def hold(out: Path):
+def lock_folder(out: Path):
     """Make the run folder and lock it; returns the lock. OSError if that fails, or another run holds it."""
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -1307,7 +1299,7 @@ def occupy(args, machine):
     wait_for_all()  # every process has seen that --out is free, or resumable
     if machine.rank > 0:
         return None
-    lock = hold(args.out)
+    lock = lock_folder(args.out)
     check_out(args)  # again: another run may have come and gone meanwhile
     for name in () if args.resume else WRITTEN:
         for path in args.out.glob(name):
@@ -1326,16 +1318,6 @@ def choose_sizes(args, model) -> None:
         raise UsageError(f"--max-length {args.max_length}: the model takes at most {block_size} tokens")
 
 
-def save(args, folder, model, tokenizer, plan) -> None:
-    """model/ where full weights trained, adapter/ where there is an adapter, or both."""
-    if args.untie_head or not only_adapters(plan):
-        folder = args.out / "model"
-        model.save_pretrained(folder, base_only=True, eos_id=tokenizer.eot_token)
-        save_tokenizer(tokenizer, folder)
-    if any(is_adapter(name) for name, _ in model.named_parameters()):
-        save_lora(model, args.out / "adapter", base=str(folder.resolve()))
-
-
 def encode_prompts(tokenizer, examples, template) -> list[list[int]]:
     """The prompts of examples as ids, as in training."""
     return [tokenizer.encode_ordinary(format_prompt(e, template)) for e in examples]
@@ -1350,9 +1332,10 @@ def answer(model, tokenizer, examples, template, limit, path=None):
 def lengthen(args, model, tokenizer, data) -> list[dict]:
     """The test records with their long instruction where the model is unsure how to begin its answer to the short one:
     where the entropy is above the 75th percentile of the validation records."""
+    block_size = model.config.block_size  # a prompt that does not fit has no answer, and its entropy no meaning
     unsure = lambda records: first_token_entropies(
-        model, encode_prompts(tokenizer, records, args.template), args.batch_size)
-    known = sorted(unsure(data.short_val or data.test))
+        model, [p[:block_size] for p in encode_prompts(tokenizer, records, args.template)], args.batch_size)
+    known = sorted(unsure(data.short_val))
     threshold = known[int(0.75 * len(known))]
     pairs = zip(data.test, data.long_test, unsure(data.test))
     return [long if entropy > threshold else short for short, long, entropy in pairs]
@@ -1396,10 +1379,9 @@ def announce(args, machine, model, plan, data) -> None:
 
 def conclude(args, plan, figures, n_test, seconds) -> None:
     """What came of it."""
-    val = "" if figures["val_loss"] is None else f", val loss {figures['val_loss']:.3f}"
     say(f"\ntrained  {figures['steps']} steps in {minutes(figures['seconds'])}, "
-        f"{figures['tokens_per_second']:,.0f} tokens/s, train loss {figures['train_loss']:.3f}{val}, "
-        f"peak memory {figures['peak_memory_bytes'] / 2**30:.2f} GiB")
+        f"{figures['tokens_per_second']:,.0f} tokens/s, train loss {figures['train_loss']:.3f}, "
+        f"val loss {figures['val_loss']:.3f}, peak memory {figures['peak_memory_bytes'] / 2**30:.2f} GiB")
     trained, changed = len(plan.changed), "have changed"
     if figures["steps"] - figures["skipped_steps"] < 2:
         trained, changed = len(plan.trainable), "(too few steps to ask them to have changed)"
@@ -1453,7 +1435,7 @@ def refuse_lost_updates(model, optimizer) -> None:
 def describe(args, plan, data, figures) -> dict:
     """run.json."""
     return {
-        "flags": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
+        "flags": vars(args) | {"out": str(args.out), "model": model_path(args.model)},
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "data": data.account,
         "freeze": {"policy": args.trainable, "trainable": plan.eligible,
@@ -1465,34 +1447,25 @@ def describe(args, plan, data, figures) -> dict:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed. On the CPU torch has no class for that, only these messages."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError)
-        and re.search("can't allocate memory|not enough memory|out of memory", str(error)) is not None)
+    """Whether an allocation failed: on the CPU torch has no class for that, only these messages."""
+    failed = "can't allocate memory|not enough memory|out of memory"
+    return isinstance(error, MemoryError) or re.search(failed, str(error)) is not None
 
 
 def keep_result(args, folder, model, tokenizer, plan, data, figures) -> None:
-    """Write the weights and run.json, and remove the checkpoints when that is on the disk."""
+    """Write model/ if full weights trained (or the head was untied), adapter/ if there is an adapter, and run.json; remove
+    the checkpoints once all that is on the disk."""
     with naming(args.out / "model"):
-        save(args, folder, model, tokenizer, plan)
+        if args.untie_head or not only_adapters(plan):
+            folder = args.out / "model"
+            model.save_pretrained(folder, base_only=True, eos_id=tokenizer.eot_token)
+            save_tokenizer(tokenizer, folder)
+        if any(is_adapter(name) for name, _ in model.named_parameters()):
+            save_lora(model, args.out / "adapter", base=str(folder.resolve()))
     write_json(args.out / "run.json", describe(args, plan, data, figures))
     written = ("run.json", "metrics.jsonl", "model", "model/*", "adapter", "adapter/*")
     sync(*(path for name in written for path in args.out.glob(name)), args.out)
     shutil.rmtree(args.out / "checkpoints", ignore_errors=True)
-
-
-@contextmanager
-def saying_what_does_not_fit(args, data, machine):
-    """Turn a failed allocation into a MemoryError that names the flags to lower."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        longest = max(len(e.ids) for e in data.train + data.val)
-        raise MemoryError(f"--batch-size {args.batch_size} with examples of up to {longest} tokens does not fit on "
-                          f"{machine.device}: lower --batch-size (and raise --grad-accum to keep the steps as they "
-                          "are) or --max-length, or take --recompute") from None
 
 
 def already_complete(out: Path) -> int:
@@ -1544,8 +1517,15 @@ def run(args) -> int:
         wait_for_all()
 
     with Signals() as signals:
-        with saying_what_does_not_fit(args, data, machine):
+        try:
             figures = train(args, machine, model, plan, optimizer, data, state, signals, save_state)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            longest = max(len(e.ids) for e in data.train + data.val)
+            raise MemoryError(f"--batch-size {args.batch_size} with examples of up to {longest} tokens does not fit on "
+                              f"{machine.device}: lower --batch-size (and raise --grad-accum to keep the steps as "
+                              "they are) or --max-length, or take --recompute") from None
         if "stopped" in figures:
             leave_processes()
             say(f"\nstopped after step {state['step']}; the same command with --resume goes on from there")
@@ -1576,7 +1556,7 @@ def complain(message: str, code: int = 1, wait: bool = False) -> int:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         time.sleep(5)
     place = f"process {os.environ['RANK']}: " if int(os.environ.get("RANK", 0)) > 0 else ""
-    print(f"error: {place}{message}", file=sys.stderr)
+    print(f"error: {place}{excerpt(message, 10_000)}", file=sys.stderr)
     return code
 
 
@@ -1597,9 +1577,9 @@ def main(argv=None) -> int:
     except KeyboardInterrupt:
         return complain("interrupted", code=130)
     except (ValueError, OSError, ArithmeticError) as error:
-        return complain(excerpt(str(error), 10_000), code=2 if isinstance(error, UsageError) else 1)
+        return complain(str(error), code=2 if isinstance(error, UsageError) else 1)
     except FreezeError as error:
-        return complain(f"freeze proof broken: {excerpt(str(error), 10_000)}")
+        return complain(f"freeze proof broken: {error}")
     except (MemoryError, RuntimeError) as error:
         if lost_another(error):
             return complain("another process has ended", wait=True)
@@ -1608,10 +1588,13 @@ def main(argv=None) -> int:
         text = str(error)
         if "--batch-size" not in text:  # it did not happen in training, then
             text = f"--model {args.model} is too large for this machine. {text}"
-        return complain(f"out of memory: {excerpt(text, 10_000)}")
+        return complain(f"out of memory: {text}")
 
 
 if __name__ == "__main__":
     if sys.stdout:  # None when closed (>&-)
         sys.stdout.reconfigure(errors="backslashreplace")
-    sys.exit(main())
+    code = main()
+    if int(os.environ.get("RANK", 0)) > 0:  # nothing is left to do, and gloo's threads may still let go of tensors,
+        os._exit(code)  # for which they would need the interpreter that is about to end
+    sys.exit(code)

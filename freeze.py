@@ -445,6 +445,10 @@ class Plan:
             self._switch(due)
         return True
 
+    def skip(self) -> None:
+        """The step that `advance` began moved nothing: what trains has had one step less in which to change."""
+        self._since |= {n: self._since.get(n, 0) + 1 for n in self.trainable}
+
     def drop_frozen_state(self, optimizer: torch.optim.Optimizer) -> None:
         """Free the optimizer's state of what is frozen now; it starts anew when it trains again."""
         for p in [self.named[n] for n in self.frozen]:

@@ -466,10 +466,11 @@ FILES = ("config.json", "vocab.json", "merges.txt", "model.safetensors")
 
 def model_folder(name_or_folder: str | Path) -> Path:
     """
-    The folder of a model given by name or path. What is missing of a published model is first downloaded, from
-    HF_ENDPOINT into HF_HOME; where all is there, nothing is asked. FileNotFoundError where there is no such model.
+    The folder of a model given by name or path (a Path is a folder, also where its name is a model's). Missing files
+    of a published model are first downloaded, from HF_ENDPOINT into HF_HOME; where all is there, nothing is asked.
+    FileNotFoundError where there is no such model.
     """
-    name = str(name_or_folder)
+    name = name_or_folder if isinstance(name_or_folder, str) else None
     if name == "tiny":
         return Path(__file__).resolve().parent / "tiny" / "model"
     if name in PUBLISHED:
@@ -483,7 +484,7 @@ def model_folder(name_or_folder: str | Path) -> Path:
         except (OSError, ValueError) as error:
             raise FileNotFoundError(f"{name}: {error}; or put {', '.join(FILES)} of {url} into {folder}") from None
         return folder
-    folder = Path(name)
+    folder = Path(name_or_folder)
     if not folder.is_dir():
         names = ", ".join(["tiny", *PUBLISHED])
         raise FileNotFoundError(f"no model folder {folder} (a folder with config.json, or a name: {names})")

@@ -582,8 +582,9 @@ def combine(args) -> str:
     return f"{' + '.join(f'{weight:g} * {folder}' for folder, weight in args.adapter)} -> {out}"
 
 
-def _free(out: Path) -> Path:
+def _free(out: str) -> Path:
     """The path; ValueError if something is there."""
+    out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out} is there already: choose another folder or remove it")
     return out
@@ -598,10 +599,10 @@ def _complete(out: Path):
         os.replace(Path(temp) / "new", out)
 
 
-def _given(text: str) -> Path:
+def _given(text: str) -> str:
     if not text:  # from a shell variable that was never set; a path would take it for the working directory
         raise argparse.ArgumentTypeError("must not be empty")
-    return Path(text)
+    return text
 
 
 def _weighted(text: str) -> tuple[str, float]:

@@ -223,7 +223,7 @@ def test_places_that_cannot_be_written_are_named_before_training(world, tmp_path
     monkeypatch.setattr(finetune, "train", None)  # it must not come to that
     for out in ("file", "file/below", "full", ".", "..", "loop", "dangling", "/", os.devnull, world / "run", world / "model"):
         code, err, _ = train(capsys, world, out)
-        assert code == (2 if out == world / "model" else 1) and is_one_line(err) and "--out" in err, out
+        assert code == (2 if out in ("..", "/", world / "model") else 1) and is_one_line(err) and "--out" in err, out
     true = Path.mkdir
     def read_only(self, *args, **kwargs):  # root may write everywhere
         raise PermissionError(13, "Permission denied", str(self))
@@ -379,10 +379,8 @@ def adapter(**changes):
 @pytest.mark.parametrize("kind, fault, message", [
     ("lora", write("run.json", "{"), "run.json: not JSON"), ("lora", write("run.json", "[]"), "not a JSON object"), ("lora", write("run.json", "{}"), "not what finetune.py writes"),
     ("lora", write("run.json", '{"flags": null}'), "not what finetune.py writes"), ("lora", write("run.json", '{"flags": {"model": 3}}'), "not what finetune.py writes"),
-    ("lora", lambda f: edit(f / "run.json", flags__model="no/longer/there"), "its base model is gone: no model folder no/longer/there"),
-    ("lora", lambda f: edit(f / "run.json", flags__model=str(f)), "names itself as its base"),
-    ("lora", lambda f: edit(shutil.copytree(f, f.parent / "other") / "run.json", flags__model=str(f)) or edit(f / "run.json", flags__model=str(f.parent / "other")),
-     "names itself as its base, by way of others"), ("lora", lambda f: edit(f / "run.json", flags__model="a\0b"), "not what finetune.py writes"),
+    ("lora", lambda f: edit(f / "adapter" / "adapter_config.json", base_model_name_or_path="no/longer/there"), "its base model is gone: no model folder no/longer/there"),
+    ("lora", lambda f: edit(f / "adapter" / "adapter_config.json", base_model_name_or_path=str(f)), "the run's adapter is not part of a model"),
     ("lora", lambda f: shutil.rmtree(f / "adapter"), "adapter: no such folder"), ("run", lambda f: shutil.rmtree(f / "model"), "model: no such folder"),
     ("lora", adapter(r=3), "rank 2"), ("lora", adapter(use_dora=True), "use_dora"), ("lora", adapter(target_modules="["), "target_modules"),
     ("lora", adapter(lora_alpha=10**400), "alpha"), ("lora", adapter(rank_pattern=[1]), "copy"), ("lora", write("adapter/adapter_model.safetensors", PICKLE), "not a safetensors"),
@@ -407,6 +405,37 @@ def test_a_run_serves_as_model_and_a_model_is_no_run(world, tmp_path, capsys):
         code, err, _ = attempt(capsys, evaluate.main, wrong)
         assert code == 1 and is_one_line(err) and "is not a run folder" in err
     assert attempt(capsys, evaluate.main, world / "run", world / "run")[:2] == (0, "")
+
+
+def test_a_folder_with_the_name_of_a_model_is_meant_by_its_path(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(world / "model", "tiny")
+    for main, more in ((finetune.main, flags(world, tmp_path / "r", "--model", "./tiny")), (evaluate.main, [tmp_path / "r"]),
+                       (finetune.main, flags(world, tmp_path / "s", "--model", tmp_path / "r")), (freeze.main, ["--model", "./tiny"]),
+                       (finetune.main, flags(world, tmp_path / "l", "--model", "./tiny", "--lora-r", 2)),
+                       (finetune.main, flags(world, tmp_path / "m", "--model", tmp_path / "l")),
+                       (lora.main, ["merge", "--base", "./tiny", "--adapter", tmp_path / "l", "--out", tmp_path / "merged"])):
+        assert attempt(capsys, main, *more)[:2] == (0, ""), more
+    width = lambda folder: json.loads((folder / "config.json").read_text())["n_embd"]
+    assert {width(tmp_path / name) for name in ("r/model", "s/model", "merged")} == {16}
+    assert GPT.from_pretrained(Path("tiny")).config.n_embd == data.load_tokenizer(Path("tiny")).n_vocab - 241 == 16
+    assert json.loads((tmp_path / "r" / "run.json").read_text())["flags"]["model"] == str(tmp_path / "tiny")
+
+
+def test_a_run_on_adapters_has_its_own_base_in_any_working_directory(world, tmp_path, capsys, monkeypatch):
+    for name, seed in (("a", 1), ("b", 2)):
+        (tmp_path / name).mkdir()
+        shutil.copytree(world / "model", tmp_path / name / "base")
+    tensors(lambda w: w["transformer.ln_f.bias"].fill_(3.0))(tmp_path / "b" / "base")
+    monkeypatch.chdir(tmp_path / "a")
+    assert train(capsys, world, tmp_path / "r", "--model", "base", "--lora-r", 2)[:2] == (0, "")
+    monkeypatch.chdir(tmp_path / "b")
+    assert finetune.locate(str(tmp_path / "r"))[0].resolve() == (tmp_path / "a" / "base").resolve()
+    assert attempt(capsys, evaluate.main, tmp_path / "r", "--text", world / "records.json")[:2] == (0, "")
+    before = json.loads((tmp_path / "r" / "scores.json").read_text())["text_nll"]["before"]
+    monkeypatch.chdir(tmp_path / "a")
+    assert attempt(capsys, evaluate.main, tmp_path / "r", "--text", world / "records.json")[:2] == (0, "")
+    assert json.loads((tmp_path / "r" / "scores.json").read_text())["text_nll"]["before"] == before
 
 
 def test_a_resume_whose_adapter_differs_is_refused(world, tmp_path, capsys, monkeypatch):

@@ -155,7 +155,6 @@ def test_the_validation_loss_does_not_depend_on_the_batch_size(world):
     encoded, model = encoded_world(world), GPT.from_pretrained(world / "model")
     measure = lambda size, limit=None: finetune.mean_loss(model, encoded, size, "response", CPU, limit)
     assert measure(1) == pytest.approx(measure(7), rel=1e-6)
-    assert finetune.mean_loss(model, [], 4, "response", CPU, 5) is None
     assert measure(4, 2) != measure(4)
 
 
@@ -336,6 +335,8 @@ def test_truncated_and_dropped_records_are_counted_and_named(world, tmp_path, ca
     (["--lora-r", 2, "--trainable", "last_block"], 2, "--lora-r 2: no adapter trains"),
     (["--lora-r", 2, "--lora-targets", "c_foo"], 2, "--lora-targets c_foo"),
     (["--loraplus-ratio", 4], 2, "--loraplus-ratio 4"),
+    (["--lora-r", 2, "--trainable", "*lora_A*", "--loraplus-ratio", 4], 2, "--loraplus-ratio 4: no"),
+    (["--trainable", "rgn:1", "--loss-on", 0.5], 2, "--loss-on 0.5: under --trainable rgn:1"), (["--nons\nense"], 2, "--nons"),
     (["--trainable", "last_block", "--lr-decay", 0.5], 2, "--lr-decay 0.5: under --trainable last_block"),
     (["--trainable", "head", "--untie-head", "--dropout", 0.5], 2, "--dropout 0.5: under --trainable head"),
     (["--trainable", "biases", "--weight-decay", 0.9], 2, "--weight-decay 0.9: no matrix trains under --trainable biases"),
@@ -531,6 +532,8 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(world, tmp_path,
             assert all(torch.equal(a[n], b[n]) for n in a)
     drop = lambda lines: [{k: v for k, v in m.items() if k != "seconds"} for m in lines]
     assert drop(metrics(tmp_path / "a")) == drop(metrics(tmp_path / "b"))
+    a, b = (json.loads((tmp_path / r / "run.json").read_text())["freeze"]["checks"] for r in "ab")
+    assert b.pop("resume") == 1 and a.keys() == b.keys() and all(b[check] >= times for check, times in a.items())
     assert not (tmp_path / "b" / "checkpoints").exists()
 
 
@@ -618,7 +621,7 @@ def test_resuming_a_finished_run_says_so_and_exits_0(world, tmp_path, capsys):
 
 def test_two_runs_cannot_share_a_folder(world, tmp_path, capsys):
     (tmp_path / "r").mkdir()
-    lock = finetune.hold(tmp_path / "r")
+    lock = finetune.lock_folder(tmp_path / "r")
     (tmp_path / "r" / "metrics.jsonl").touch()
     assert run(world, tmp_path / "r", "--overwrite", "--no-responses") == 1
     assert "another run is writing there" in capsys.readouterr().err
@@ -646,6 +649,43 @@ def test_a_step_without_a_finite_loss_is_skipped_and_counted(world, tmp_path, mo
     assert info["train"]["skipped_steps"] == 3 and math.isfinite(info["train"]["train_loss"])
     assert "step 3 skipped: loss nan" in capsys.readouterr().out
     assert all(torch.isfinite(t).all() for t in weights(tmp_path / "r").values())
+
+
+@pytest.mark.parametrize("policy", ["lisa:1@2", "gradual:1"])
+@pytest.mark.parametrize("wrong", [{1}, {3, 4}, {5, 6}, {9, 10}])
+def test_a_skipped_step_is_no_alarm_where_the_set_changes(world, tmp_path, monkeypatch, policy, wrong):
+    plant_nan(monkeypatch, wrong)
+    assert run(world, tmp_path / "r", "--trainable", policy, "--epochs", 2, "--no-responses") == 0
+
+
+def test_the_probe_of_a_policy_sees_the_loss_that_is_trained_on(world, tmp_path, monkeypatch):
+    targets, true = [], finetune.freeze
+    monkeypatch.setattr(finetune, "freeze", lambda *args, batches, seed: (targets.append(batches), true(*args, batches=batches, seed=seed))[1])
+    for loss_on in ("response", "all"):
+        assert run(world, tmp_path / loss_on, "--trainable", "rgn:1", "--loss-on", loss_on, "--max-steps", 2, "--no-responses") == 0
+    ignored = [sum(int((t == -100).sum()) for _, t in batches) for batches in targets]
+    assert ignored[0] > ignored[1]
+
+
+def test_the_rate_in_the_metrics_is_that_of_lr(world, tmp_path, monkeypatch):
+    flags = ["--schedule", "linear", "--warmup", 0, "--max-steps", 4, "--no-responses"]
+    for name, more in (("hybrid", ["--lora-r", 2, "--trainable", "lora,last_block"]), ("deep", ["--lr-decay", 0.1])):
+        assert run(world, tmp_path / name, *flags, *more) == 0
+        assert [m["lr"] for m in metrics(tmp_path / name)] == pytest.approx([0, 1e-3, 7.5e-4, 5e-4, 2.5e-4, 0])
+    plant_nan(monkeypatch, {2})
+    assert run(world, tmp_path / "skipped", *flags) == 0
+    assert metrics(tmp_path / "skipped")[2]["lr"] == pytest.approx(7.5e-4)
+
+
+def test_only_what_is_used_counts_as_truncated(world, tmp_path):
+    records = json.loads((world / "records.json").read_text())
+    for record in records[5:34]:
+        record["output"] = "yes " * 40
+    (tmp_path / "d.json").write_text(json.dumps(records))
+    flags = ["--data", tmp_path / "d.json", "--max-length", 250, "--max-steps", 2, "--no-responses"]
+    for name, more, cut in (("all", [], 29), ("few", ["--max-examples", 3, "--select", "shortest"], 0)):
+        assert run(world, tmp_path / name, *flags, *more) == 0
+        assert json.loads((tmp_path / name / "run.json").read_text())["data"]["truncated"] == cut
 
 
 def test_five_such_steps_in_a_row_end_the_run_and_leave_the_checkpoint(world, tmp_path, monkeypatch, capsys):
@@ -785,6 +825,11 @@ def test_adaptive_instructions_are_the_shortest_that_are_no_harder_and_longer_wh
     threshold = sorted(entropy(records[38:]))[1]
     asked = ["Please" in r["instruction"] for r in responses]
     assert asked == [h > threshold for h in entropy(records[34:38])]
+    records[35]["instruction_long"] = records[36]["instruction"] = "long " * 90  # no room for an answer
+    (tmp_path / "long.json").write_text(json.dumps(records))
+    assert run(world, tmp_path / "long", "--data", tmp_path / "long.json", "--instruction", "adaptive", "--max-steps", 2) == 0
+    assert len((tmp_path / "long" / "responses.jsonl").read_text().splitlines()) == 4
+    capsys.readouterr()
     assert run(world, tmp_path / "none", "--data", leveled, "--instruction", "adaptive", "--max-length", 2) == 1
     err = capsys.readouterr().err
     assert f"error: {leveled}: training records" in err and err.count("\n") == 1

@@ -108,12 +108,12 @@ def test_a_checkpoint_and_the_result_are_on_the_disk_before_they_replace_anythin
 
 
 def test_a_signal_while_the_result_is_validated_or_saved_does_not_lose_it(world, tmp_path, monkeypatch, capsys):
-    true = finetune.save
+    true = finetune.keep_result
     def interrupted(*args):
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
         true(*args)
-    monkeypatch.setattr(finetune, "save", interrupted)
+    monkeypatch.setattr(finetune, "keep_result", interrupted)
     assert run(world, tmp_path / "a", "--max-steps", 2) == 143
     assert "and evaluate.py" in capsys.readouterr().out
     assert run(world, tmp_path / "a", "--max-steps", 2, "--resume") == 0
@@ -199,7 +199,7 @@ def edit(path, change):
 @pytest.mark.parametrize("damage, message", [
     (lambda f: edit(f / "manifest.json", lambda m: m["state"].update(taken=2)), "manifest.json is not what its sha256 says"),
     (lambda f: edit(f / "manifest.json", lambda m: m.pop("sha256")), "manifest.json is not what its sha256 says"),
-    (lambda f: edit(f / "manifest.json", lambda m: m["files"].clear()), "manifest.json is not what its sha256 says"),
+    (lambda f: edit(f / "manifest.json", lambda m: m["file"].clear()), "manifest.json is not what its sha256 says"),
     (lambda f: open(f / "state.safetensors", "ab").write(b"x"), "state.safetensors is not what its size"),
     (lambda f: flip_a_bit(f / "state.safetensors"), "state.safetensors is not what its size and sha256"),
     (lambda f: shutil.rmtree(f) or f.mkdir(), "no such file"),
@@ -270,6 +270,16 @@ def test_a_resume_on_another_model_tokenizer_or_data_under_the_same_names_is_ref
     assert message in err and err.count("\n") == 1 and "step-000002" in err
 
 
+def test_a_resume_in_another_precision_is_refused_also_where_it_is_chosen_by_the_machine(world, tmp_path, monkeypatch, capsys):
+    flags, true = ["--max-steps", 4, "--no-responses", "--dtype", "auto"], finetune.join_processes
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        assert run(world, tmp_path / "r", *flags) == 143
+    monkeypatch.setattr(finetune, "join_processes", lambda args: true(args)._replace(dtype=torch.bfloat16))
+    assert run(world, tmp_path / "r", *flags, "--resume") == 1
+    assert "dtype was 'torch.float32', is 'torch.bfloat16'" in capsys.readouterr().err
+
+
 def test_a_resume_whose_loaded_adapter_has_another_scale_is_refused(world, tmp_path, monkeypatch, capsys):
     assert run(world, tmp_path / "a", "--lora-r", 2, "--max-steps", 2, "--no-responses") == 0
     flags = ["--model", tmp_path / "a", *QUICK]
@@ -329,13 +339,13 @@ def limit():
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("moment, name, intact", [("gradients", "metrics.jsonl", True), ("save", "model.safetensors", True), ("describe", "run.json", True),
+@pytest.mark.parametrize("moment, name, intact", [("gradients", "metrics.jsonl", True), ("keep_result", "model.safetensors", True), ("describe", "run.json", True),
                                                   ("encode_prompts", "responses.jsonl", False), ("save_checkpoint", "step-000002.tmp", True)])
 def test_a_disk_that_fills_up_is_one_line_with_the_path_and_leaves_the_checkpoint(world, tmp_path, monkeypatch, capsys, limit, moment, name, intact):
     true, calls = getattr(finetune, moment), []
     def full(*args, **more):
         calls.append(1)
-        if len(calls) == (1 if moment in ("save", "describe") else 2):
+        if len(calls) == (1 if moment in ("keep_result", "describe") else 2):
             limit(100)
         try:
             return true(*args, **more)
