@@ -47,7 +47,7 @@ TEMPLATES = {  # before the input, its part (left out where there is no input), 
     "plain": ("{instruction}", "\n{input}", "\n"),
 }
 FORMS = (("instruction", "output"), ("prompt", "completion"), ("question", "answer"), ("messages",), ("conversations",))
-NOT_JSON = {  # how files begin that are often taken for data
+NOT_JSON = {  # how files begin that are often mistaken for data
     b"\x1f\x8b": "compressed with gzip; run gunzip on it",
     b"version https://git-lfs": "a git-lfs pointer; run git lfs pull to get the data",
     b"<": "a web page; download the raw file",
@@ -182,7 +182,7 @@ def _unique(pairs):
 
 
 def _parse(text, where):
-    """JSON from bytes; all that can fail is a ValueError that names the place."""
+    """JSON from bytes; any failure is a ValueError that names the place."""
     try:
         return json.loads(text.decode("utf-8-sig"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:

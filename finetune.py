@@ -13,7 +13,7 @@ records that the checks passed; a check that fails ends the run.
 The loss of a step is the sum over its supervised tokens divided by their number, whatever the number of
 micro-batches. The same seed, data and flags give the same weights on the same machine.
 
-    python finetune.py                                                  # the embedded model, two minutes on a laptop
+    python finetune.py                                                  # the embedded model, a minute on a laptop
     python finetune.py --trainable last_two_blocks --out runs/last2
     python finetune.py --lora-r 16 --out runs/lora
     python finetune.py --model path/to/gpt2 --data my-records.json
@@ -1266,7 +1266,7 @@ def refuse_within(out: Path, flag: str, path: Path | None) -> None:
 
 
 def choose_out(args, folder: Path, adapter: Path | None) -> None:
-    """Fill in --trainable and --out, and refuse a folder that cannot be written to."""
+    """Fill in --trainable and --out, and refuse one that is taken or holds what the run starts from."""
     args.trainable = args.trainable or ("lora" if args.lora_r or adapter else "all")
     name = Path(args.model).resolve().name if Path(args.model).is_dir() else args.model
     args.out = args.out or Path("runs") / re.sub(r"[^\w.,-]+", "_", f"{name}-{args.trainable}")
@@ -1469,7 +1469,7 @@ def keep_result(args, folder, model, tokenizer, plan, data, figures) -> None:
 
 
 def already_complete(out: Path) -> int:
-    """--resume on a finished run."""
+    """Say that --resume has found a finished run; the exit code."""
     shutil.rmtree(out / "checkpoints", ignore_errors=True)  # it may have been killed before it did that itself
     leave_processes()
     answered = read_json(out / "run.json").get("train", {}).get("exact_match") is not None

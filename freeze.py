@@ -207,7 +207,7 @@ def match_terms(model: nn.Module, policy: str, batches, seed: int, scores: dict)
     if not trainable:
         raise bad_policy("it trains nothing")
     if len(static) < len(terms) and combine(static) == trainable:
-        raise bad_policy(f"{policy!r} never changes, for the other terms train all its blocks")
+        raise bad_policy(f"{policy!r} never changes, because the other terms train all its blocks")
     for group in shared_memory(model):
         if 0 < sum(first[id(named[name])] in trainable for name in group) < len(group):
             raise bad_policy(f"{policy!r} trains only a part of {', '.join(group)}, which share memory: name all, {untie}")
@@ -338,7 +338,8 @@ def hybrid(model: nn.Module, share: str, batches) -> set[str]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor; of one that is sharded over processes (a DTensor) all parts together, on the CPU. These must all ask."""
+    """The tensor; of one that is sharded over processes (a DTensor) all parts together, on the CPU: for that, every
+    process must call this."""
     return tensor.full_tensor().cpu() if hasattr(tensor, "full_tensor") else tensor
 
 
@@ -352,7 +353,7 @@ def digest(tensor: Tensor) -> str:
 
 
 def digests(named: dict[str, Tensor]) -> dict[str, str]:
-    """The digest of each tensor; in two threads, for hashlib lets go of the interpreter meanwhile."""
+    """The digest of each tensor; in two threads, because hashlib releases the GIL meanwhile."""
     if any(hasattr(tensor, "full_tensor") for tensor in named.values()):  # the same order in all processes
         return {name: digest(tensor) for name, tensor in named.items()}
     with ThreadPoolExecutor(2) as pool:
@@ -481,7 +482,8 @@ class Plan:
             names = {id(p): name for name, p in self.named.items()}
             name_of = lambda p: names.get(id(p), f"a tensor of shape {tuple(p.shape)} not in the model")
             held = Counter(name_of(p) for group in optimizer.param_groups for p in group["params"])
-            refuse(held.keys() - set(self.eligible), "the optimizer holds what is frozen; give it plan.parameters()")
+            refuse(held.keys() - set(self.eligible),
+                   "the optimizer holds what is frozen or not in the model; give it plan.parameters()")
             refuse((n for n in held if held[n] > 1), "the optimizer holds more than once")
             refuse(set(self.eligible) - held.keys(), "the optimizer lacks what should train")
             moments = 3 if any(group.get("amsgrad") for group in optimizer.param_groups) else 2
@@ -567,14 +569,15 @@ class Plan:
         self._shared = shared_memory(model)
 
     def _switch(self, trainable: set[str]) -> None:
-        """Let exactly these train; gradients are cleared, for no optimizer skips a gradient of zeros."""
+        """Let exactly these train; gradients are cleared, because optimizers skip None, but not zeros."""
         self.trainable, self.frozen = sorted(trainable), sorted(self.named.keys() - trainable)
         for name, p in self.named.items():
             p.requires_grad_(name in trainable)
             p.grad = None
 
     def _had_time(self, name: str, step: int) -> bool:
-        """To change: not if it is empty, or was unfrozen a single step ago, whose rate may have been zero."""
+        """Whether a parameter has had time to change: not if it is empty, or was unfrozen a single step ago, whose rate may
+        have been zero."""
         return self.named[name].numel() > 0 and (name not in self._since or step - self._since[name] >= 2)
 
     @contextmanager

@@ -411,7 +411,7 @@ def receive(url: str, file) -> str | None:
             print(file=sys.stderr)
     if file.tell() < size:
         raise ConnectionError(f"only {file.tell()} of {size} bytes came")
-    # The ETag is no substitute: those of the hub's CDN and of GitHub are other hashes, as long.
+    # The ETag is no substitute: those of the hub's CDN and of GitHub are other hashes of the same length.
     tag = re.search(r"\b[0-9a-f]{64}\b", linked.get("X-Linked-Etag", ""))
     return tag and tag[0]
 
@@ -493,7 +493,8 @@ def model_folder(name_or_folder: str | Path) -> Path:
     if (folder / "adapter").is_dir():
         base = f"give {folder / 'model'} for its base alone, or " if (folder / "model").is_dir() else ""
         raise ValueError(f"{folder}: the run's adapter is not part of a model; {base}merge it first (lora.py merge)")
-    return folder / "model" if (folder / "model" / "config.json").is_file() else folder  # a run folder, or none
+    # A run folder; else the caller says what is missing.
+    return folder / "model" if (folder / "model" / "config.json").is_file() else folder
 
 
 # What the config must say for the logits to be GPT-2's; an absent key means the first value.
@@ -512,7 +513,7 @@ DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 def read_config(path: Path, dropout: float | None = None) -> GPTConfig:
     """
     GPTConfig from a Hugging Face config.json; `dropout` takes the place of its three probabilities.
-    ValueError for a setting that would change the logits and is not supported, or a size that is none.
+    ValueError for a setting that would change the logits and is not supported, or a size that makes no sense.
     """
     raw = read_json(path)
     for key, values in SUPPORTED.items():
@@ -594,7 +595,7 @@ def _replacing(path: Path):
         yield temp
         os.replace(temp, path)
     except OSError as error:
-        error.filename = str(path)  # a full disk names no file
+        error.filename = str(path)  # a full disk's error carries no file name
         raise
     finally:
         temp.unlink(missing_ok=True)
@@ -604,7 +605,7 @@ def write_json(path: Path, value: dict) -> None:
     """Write JSON, whole or not at all."""
     with _replacing(path) as temp:
         text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-        temp.write_text(text, encoding="utf-8", errors="backslashreplace")  # a path may hold half a character
+        temp.write_text(text, encoding="utf-8", errors="backslashreplace")  # a path may hold a lone surrogate
 
 
 # ---------------------------------------------------------------------------------------------
@@ -676,7 +677,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write tensors (any layout or device), whole or not at all, and onto the disk."""
+    """Write tensors (any layout or device), whole or not at all, and synced to the disk."""
     codes = {dtype: code for code, dtype in DTYPES.items()}
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header, position = {"__metadata__": {"format": "pt"}}, 0

@@ -124,7 +124,7 @@ class LoRALinear(nn.Linear):
 
 
 def _linears(model: nn.Module) -> dict[str, nn.Linear]:
-    # Not other subclasses: they have a forward of their own, or are read without calling it.
+    # Not other subclasses: they have a forward of their own, or have their weight used without a call of forward.
     return {name: m for name, m in model.named_modules() if type(m) in (nn.Linear, LoRALinear)}
 
 
@@ -314,7 +314,8 @@ def _check_options(config: dict) -> None:
 def _parse_layers(config: dict, tensors: dict[str, Tensor]) -> dict:
     pairs, layers = {}, {}
     for key, tensor in tensors.items():
-        match = re.fullmatch(r"base_model\.model\.(?:transformer\.(?!lm_head\.)|(?=lm_head\.))([\w.]+)\.lora_([AB])\.weight", key)
+        match = re.fullmatch(r"base_model\.model\.(?:transformer\.(?!lm_head)|(?=lm_head\.))([\w.]+)\.lora_([AB])\.weight",
+                             key)
         if not match:
             raise ValueError(f"unexpected tensor {key}")
         if tensor.dim() != 2 or not tensor.is_floating_point() or not torch.isfinite(tensor).all():
@@ -410,7 +411,7 @@ def _replacing(path: Path):
         yield temp
         os.replace(temp, path)
     except OSError as error:
-        error.filename = str(path)  # a full disk names no file
+        error.filename = str(path)  # a full disk's error carries no file name
         raise
     finally:
         temp.unlink(missing_ok=True)
@@ -420,7 +421,7 @@ def write_json(path: Path, value: dict) -> None:
     """Write JSON, whole or not at all."""
     with _replacing(path) as temp:
         text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-        temp.write_text(text, encoding="utf-8", errors="backslashreplace")  # a path may hold half a character
+        temp.write_text(text, encoding="utf-8", errors="backslashreplace")  # a path may hold a lone surrogate
 
 
 DTYPES = {
@@ -489,7 +490,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write tensors (any layout or device), whole or not at all, and onto the disk."""
+    """Write tensors (any layout or device), whole or not at all, and synced to the disk."""
     codes = {dtype: code for code, dtype in DTYPES.items()}
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header, position = {"__metadata__": {"format": "pt"}}, 0
