@@ -1146,9 +1146,12 @@ def test_something_can_be_taken_away_from_what_changes(policy, away):
 
 
 def test_a_first_step_without_an_update_is_no_alarm_where_the_set_changes_after_it():
+    draw = lambda seed, step: random.Random(f"lisa {seed} {step}").sample(range(3), 1)
+    seed = next(seed for seed in range(99) if draw(seed, 0) not in (draw(seed, 1), draw(seed, 2)))
     run = Run("lisa:1@1")
+    run.plan = freeze(run.model, "lisa:1@1", seed=seed)
     run.backward()  # its optimizer step was skipped
-    run.train(12)
+    run.train(2)
     run.check("check_unchanged")
 
 

@@ -546,7 +546,8 @@ def test_a_folder_as_base_is_recorded_so_that_it_is_found_from_anywhere(model, t
     monkeypatch.chdir(tmp_path)
     model.save_pretrained("base")
     add_lora(model)
-    for base, recorded in (("base", str(tmp_path / "base")), (Path("base"), str(tmp_path / "base")), ("gpt2", "gpt2")):
+    for base, recorded in (("base", str(tmp_path / "base")), (Path("base"), str(tmp_path / "base")), ("gpt2", "gpt2"),
+                           (Path("gpt2"), "gpt2")):
         save_lora(model, "a", base=base)
         assert read_adapter("a")[0]["base_model_name_or_path"] == recorded
 
