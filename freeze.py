@@ -482,8 +482,7 @@ class Plan:
             names = {id(p): name for name, p in self.named.items()}
             name_of = lambda p: names.get(id(p), f"a tensor of shape {tuple(p.shape)} not in the model")
             held = Counter(name_of(p) for group in optimizer.param_groups for p in group["params"])
-            refuse(held.keys() - set(self.eligible),
-                   "the optimizer holds what is frozen or not in the model; give it plan.parameters()")
+            refuse(held.keys() - set(self.eligible), "the optimizer holds what is frozen; give it plan.parameters()")
             refuse((n for n in held if held[n] > 1), "the optimizer holds more than once")
             refuse(set(self.eligible) - held.keys(), "the optimizer lacks what should train")
             moments = 3 if any(group.get("amsgrad") for group in optimizer.param_groups) else 2

@@ -54,8 +54,17 @@ def killed(action, out, k):
         os._exit(0)
 
 
+@pytest.fixture
+def one_thread():
+    """A forked process has none of the threads that OpenMP started in this one, and would wait for them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
-def test_killed_at_any_change_of_a_file_and_again_while_resuming_it_ends_with_the_same_weights(world, tmp_path):
+def test_killed_at_any_change_of_a_file_and_again_while_resuming_it_ends_with_the_same_weights(world, tmp_path, one_thread):
     assert run(world, tmp_path / "whole", *QUICK) == 0
     out, ends = tmp_path / "r", []
     for k in range(6, 999, 17):  # a checkpoint takes 18 changes: each time another part of it is cut off
