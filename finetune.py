@@ -1233,8 +1233,8 @@ class Signals:
 
     def on_any_process(self, device) -> int:
         """The signal noted here, SIGTERM if only another process has one, or 0: all must stop after the same step."""
-        anywhere = total_over_processes([self.noted], device)[0]
-        return self.noted or (int(signal.SIGTERM) if anywhere else 0)
+        noted = self.noted  # once: a signal that comes meanwhile is for the next step, here as elsewhere
+        return (noted or int(signal.SIGTERM)) if total_over_processes([noted], device)[0] else 0
 
 
 # ---------------------------------------------------------------------------------------------
