@@ -544,6 +544,15 @@ def test_ctrl_c_finishes_the_step_and_exits_130(world, tmp_path, monkeypatch, ca
     assert [p.name for p in (tmp_path / "r" / "checkpoints").iterdir()] == ["step-000002"]
 
 
+def test_a_signal_that_comes_while_the_processes_ask_each_other_is_for_the_next_step(monkeypatch):
+    with finetune.Signals() as signals:
+        def ask(values, device):
+            signals.noted = int(signal.SIGINT)
+            return values
+        monkeypatch.setattr(finetune, "total_over_processes", ask)
+        assert [signals.on_any_process(None) for _ in range(2)] == [0, signal.SIGINT]
+
+
 @pytest.fixture
 def interrupted(world, tmp_path, monkeypatch):
     """A run stopped after step 7, with checkpoints of the steps 6 and 7."""
