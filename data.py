@@ -198,10 +198,10 @@ def _to_example(record) -> dict:
     if not forms:
         raise ValueError(f"fields {list(record)}; needed: instruction and output, prompt and completion, "
                          "question and answer, messages, or conversations")
-    given = [form for form in forms if any(record[name] is not None for name in form)]
-    if len(given) > 1:
-        raise ValueError(f"both {given[0][0]} and {given[1][0]} are given; remove one")
-    names = (given or forms)[0]
+    filled = [form for form in forms if any(record[name] is not None for name in form)]
+    if len(filled) > 1:
+        raise ValueError(f"both {filled[0][0]} and {filled[1][0]} are given; remove one")
+    names = (filled or forms)[0]
     others = set(sum(FORMS, ())) - set(names)  # where data sets are merged, the fields of one are null in the other's records
     rest = {name: value for name, value in record.items() if name not in others or value is not None}
     if len(names) == 2:

@@ -420,7 +420,8 @@ class Plan:
 
     def parameters(self) -> list[nn.Parameter]:
         """Exactly what the optimizer should be given, in the model's order."""
-        return [p for name, p in self.named.items() if name in self.eligible]
+        eligible = set(self.eligible)  # asked in every step
+        return [p for name, p in self.named.items() if name in eligible]
 
     def due(self, epoch: int, step: int) -> set[str]:
         """The names that train after so many epochs and optimizer steps: always the same, unless the policy is dynamic."""

@@ -169,9 +169,10 @@ def _add(model: nn.Module, adapter: str, layers: dict) -> None:
         raise ValueError(f"{adapter!r} cannot name an adapter: take letters, digits, _ and - (no dict method)")
     if adapter in _adapters(model):
         raise ValueError(f"the model already has an adapter {adapter!r}: choose another name")
-    linears, owners = _linears(model), Counter(p.data_ptr() or id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    place = lambda p: p.data_ptr() or id(p)  # none on the meta device
+    linears, owners = _linears(model), Counter(place(p) for _, p in model.named_parameters(remove_duplicate=False))
     for name in layers:
-        if owners[linears[name].weight.data_ptr() or id(linears[name].weight)] > 1:
+        if owners[place(linears[name].weight)] > 1:
             raise ValueError(f"{name} shares its weight with another module, which merging would change too: "
                              "untie it (tie_word_embeddings=False) or leave it out of the targets")
     for name in linears:  # in the model's order: one seed, one initialization, however targets are ordered

@@ -1153,6 +1153,7 @@ def test_a_first_step_without_an_update_is_no_alarm_where_the_set_changes_after_
     run.backward()  # its optimizer step was skipped
     run.train(2)
     run.check("check_unchanged")
+    assert run.plan.checks["check_unchanged"] == 1
 
 
 def test_lisa_keeps_optimizer_state_for_what_trains_only():
@@ -1339,6 +1340,7 @@ def test_an_empty_tensor_alone_has_no_gradient_to_check():
     plan = freeze(model, "all")
     plan.check_gradients(model, 1)
     plan.check_unchanged(model)
+    assert plan.checks["check_gradients"] == plan.checks["check_unchanged"] == 1
 
 
 @pytest.mark.parametrize("flags, code, says", [
