@@ -39,7 +39,6 @@ import tempfile
 import threading
 import time
 import warnings
-from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -508,14 +507,15 @@ def choose_how_blocks_run(args, model, plan, machine) -> None:
 
 def prepare_data(args, model, tokenizer) -> Data:
     """Load, split, reshape, encode, select and order the records; ValueError names the record that does not do."""
-    examples, path, counts = load_examples(args.data), data_file(args.data), Counter()
+    examples, path = load_examples(args.data), data_file(args.data)
     train_part, val_part, test_part = split_examples(list(enumerate(examples)))  # of (position in the file, record)
     if not train_part:
         raise ValueError(f"{args.data}: {len(examples)} records leave none to train on: at least 2 are needed")
     if not args.select:
         train_part = train_part[:args.max_examples]
-    train_set, kept = encode_part(args, "training", train_part, model, tokenizer, counts)
-    val_set, _ = encode_part(args, "validation", val_part, model, tokenizer, counts)
+    train_set, kept = encode_part(args, "training", train_part, model, tokenizer)
+    val_set, _ = encode_part(args, "validation", val_part, model, tokenizer)
+    dropped = len(train_part) + len(val_part) - len(train_set) - len(val_set)
 
     ifd = lambda: instruction_following_difficulty(model, train_set, tokenizer.eot_token, args.batch_size)
     if args.select:
@@ -526,7 +526,7 @@ def prepare_data(args, model, tokenizer) -> Data:
     stages = order_by_difficulty(args, train_set, kept, [examples[i].get("level") for i in kept], ifd)
 
     account = {"path": str(path), "sha256": sha256(path), "rows": len(examples), "used": len(train_set) + len(val_set),
-               "dropped": counts["dropped"], "truncated": sum(e.ids[-1] != tokenizer.eot_token for e in train_set + val_set)}
+               "dropped": dropped, "truncated": sum(e.ids[-1] != tokenizer.eot_token for e in train_set + val_set)}
     if args.instruction != "adaptive":
         return Data(train_set, kept, stages, val_set, reshape_all(args, test_part, args.instruction), account)
     short, long = INSTRUCTIONS
@@ -548,7 +548,7 @@ def order_by_difficulty(args, train_set, kept, levels, ifd) -> list[list[int]]:
     return split_stages(difficulty, args.stages, args.curriculum.startswith("-"), args.seed)
 
 
-def encode_part(args, label, part, model, tokenizer, counts):
+def encode_part(args, label, part, model, tokenizer):
     """The (position, record) pairs of a part as (list of Encoded, their positions), noting what is dropped or cut."""
     if args.instruction == "adaptive":
         records = shortest_instructions(args, label, part, model, tokenizer)
@@ -558,7 +558,6 @@ def encode_part(args, label, part, model, tokenizer, counts):
     for what, reason in (("dropped", "nothing of the response is left within --max-length"),
                          ("truncated", "longer than --max-length"),
                          ("special_text", "a control token is spelled in them and stays text")):
-        counts[what] += len(report[what])
         if report[what]:
             first, _ = part[report[what][0]]
             say(f"note     {len(report[what])} {label} records {what.replace('_', ' ')}: {reason}; "
