@@ -39,7 +39,7 @@ import tempfile
 import threading
 import time
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -279,20 +279,31 @@ def keep_memory() -> None:
 
 
 @contextmanager
-def multiply_with_onednn():
+def multiply_with_onednn(compiled: bool = False):
     """Inside `with`, oneDNN multiplies fp32 matrices where the CPU has AVX-512. torch's choice, MKL, uses only AVX2 on
     AMD's CPUs: half as fast on Zen 5. torch uses it only where rounding the factors to bf16 is allowed. A few CPUs
     (with AMX, or Arm's) would then really round: the test products detect that, and the setting is undone."""
+    if compiled and torch.cuda.is_available():  # torch's compiler insists on the setting's old name, which GPUs obey too
+        yield
+        return
     matmul = torch.backends.mkldnn.matmul
-    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+    set_by_old_name = torch.set_float32_matmul_precision if compiled else lambda precision: None
+    before = matmul.fp32_precision
+
+    def undo():
+        set_by_old_name("highest")
+        matmul.fp32_precision = before
+
+    set_by_old_name("medium")
+    matmul.fp32_precision = "bf16"
     x = torch.full((256, 256), 1 + 2**-12)  # 1 in bf16
     products = x @ x, x.t() @ x, x[:8] @ x.t(), torch.bmm(x[None], x[None])
     if not all(torch.allclose(product / 256, x[0, 0].square(), rtol=1e-6, atol=0) for product in products):
-        matmul.fp32_precision = before
+        undo()
     try:
         yield
     finally:
-        matmul.fp32_precision = before
+        undo()
 
 
 def choose_device(name: str, world: int = 1) -> torch.device:
@@ -1570,8 +1581,7 @@ def main(argv=None) -> int:
     args = parse_args(argv)
     keep_memory()
     try:
-        # torch's compiler asks for the setting by its old name, which the new one makes an error.
-        with nullcontext() if args.compile else multiply_with_onednn():
+        with multiply_with_onednn(args.compile):
             return run(args)
     except KeyboardInterrupt:
         return complain("interrupted", code=130)

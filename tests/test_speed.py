@@ -204,29 +204,39 @@ def test_products_that_onednn_may_do_are_those_of_float32():
     assert ((product - exact).abs().max() / exact.abs().max()).item() < 2e-6  # factors rounded to bf16: 3e-3
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("rounds", [False, True])
-def test_where_onednn_would_round_to_bf16_it_is_not_used(monkeypatch, rounds):
+def test_where_onednn_would_round_to_bf16_it_is_not_used(monkeypatch, rounds, compiled):
     matmul, true = torch.backends.mkldnn.matmul, torch.Tensor.__matmul__
     before = matmul.fp32_precision
     if rounds:
         monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: true(a.bfloat16().float(), b.bfloat16().float()))
-    with pytest.raises(KeyError), finetune.multiply_with_onednn():
+    with pytest.raises(KeyError), finetune.multiply_with_onednn(compiled):
         assert matmul.fp32_precision == (before if rounds else "bf16") and before != "bf16"
         raise KeyError
     assert matmul.fp32_precision == before
 
 
+@pytest.mark.parametrize("compiled, used", [(False, "bf16"), (True, "none")])
+def test_beside_a_gpu_which_would_obey_the_settings_old_name_too_a_compiled_run_is_left_alone(monkeypatch, compiled, used):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with finetune.multiply_with_onednn(compiled):
+        assert torch.backends.mkldnn.matmul.fp32_precision == used and torch.backends.cuda.matmul.fp32_precision in ("none", "ieee")
+
+
 @pytest.mark.parametrize("flags", [[], ["--compile"]])
-def test_a_run_multiplies_with_onednn_unless_it_compiles(world, tmp_path, monkeypatch, flags):
+def test_a_run_multiplies_with_onednn(world, tmp_path, monkeypatch, flags):
     settings, true = [], finetune.gradients
     def watched(*args):
         settings.append(torch.backends.mkldnn.matmul.fp32_precision)
+        if "--compile" in flags:
+            torch.get_float32_matmul_precision()  # torch's compiler does so: an error where it was set by the new name alone
         return true(*args)
     monkeypatch.setattr(finetune, "gradients", watched)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     assert run(world, tmp_path / "r", "--max-steps", 1, "--no-responses", *flags) == 0
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    assert settings == [before if flags else "bf16"] and before != "bf16"
+    assert settings == ["bf16"] and torch.backends.mkldnn.matmul.fp32_precision == "none"
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 @pytest.mark.parametrize("flags", [[], ["--recompute", "--grad-accum", 2], ["--lora-r", 2, "--trainable", "lora,embeddings"]])
@@ -234,7 +244,7 @@ def test_what_is_always_on_gives_the_losses_of_the_plain_way(world, tmp_path, mo
     """oneDNN, attention of short texts and the lookup's gradient, beside torch's defaults: 20 steps."""
     flags = [*flags, "--max-steps", 20, "--epochs", 20, "--no-responses", "--eval-batches", 1]
     assert run(world, tmp_path / "fast", *flags) == 0
-    monkeypatch.setattr(finetune, "multiply_with_onednn", contextlib.nullcontext)
+    monkeypatch.setattr(finetune, "multiply_with_onednn", lambda compiled: contextlib.nullcontext())
     monkeypatch.setattr(gpt, "FEW_SCORES", 0)
     monkeypatch.setattr(torch.nn.Embedding, "sparse", property(lambda self: False, lambda self, value: None), raising=False)
     assert run(world, tmp_path / "plain", *flags) == 0
