@@ -55,6 +55,16 @@ def harmless(text: str) -> str:
 # ---------------------------------------------------------------- records on disk
 
 
+@contextmanager
+def naming(path: str | Path):
+    """Put the path into an OSError that names no file, as that of a full disk does."""
+    try:
+        yield path
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def read_records(path: str | Path) -> list[dict]:
     """The records of a JSON-lines file, [] when there is none. A last line that a killed writer left torn is removed from
     the file, so that it can be appended to. A broken line anywhere else is a ValueError naming file and line.
@@ -91,9 +101,10 @@ def write_records(path: str | Path, records: list[dict]) -> None:
 
 def append_records(file, records: list[dict]) -> None:
     """Write records to an open text file and onto the disk; what is written survives a kill."""
-    file.writelines(json.dumps(record) + "\n" for record in records)
-    file.flush()
-    os.fsync(file.fileno())
+    with naming(file.name):
+        file.writelines(json.dumps(record) + "\n" for record in records)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 # ---------------------------------------------------------------- answers
@@ -632,7 +643,7 @@ def server_judge(spec: str, url: str, key: str | None = None, timeout: float = 1
                 if ollama and error.status == 404:
                     raise JudgeError(f"{error}; to fetch it: ollama pull {model}", True, 404) from error
                 refused = next((name for name in options if re.search(rf"\b{name}(ing)?\b", str(error))), None)
-                if error.status not in (400, 422) or not refused:
+                if error.status not in (400, 422) or not refused or "context" in str(error):  # this prompt is too long
                     raise
                 print(f"note: {error}; going on without {refused}", file=sys.stderr)
                 value = optional.pop(refused)
@@ -1046,7 +1057,8 @@ def draw(runs: list[Run]) -> str:
     plot_scores(panels["scores"], runs)
     if "tradeoff" in panels:
         plot_tradeoff(panels["tradeoff"], runs)
-    figure.savefig(path, dpi=150)
+    with naming(path):
+        figure.savefig(path, dpi=150)
     return f"picture: {path}"
 
 
@@ -1150,11 +1162,12 @@ def run_info(folder: Path) -> dict:
     """What run.json says that evaluating the run needs."""
     from gpt import read_json
 
-    info, kinds = read_json(folder / "run.json"), {"response": str | None, "max_new_tokens": int}
+    info, kinds = read_json(folder / "run.json"), {"response": str | None, "max_new_tokens": int, "batch_size": int}
     try:
         flags, data = info["flags"], info["data"]
         found = {"template": flags["template"], "model": flags["model"], "data": data["path"], "sha256": data["sha256"],
                  "instruction": flags.get("instruction", "short"), "response": flags.get("response"),
+                 "batch_size": flags.get("batch_size", 8),
                  "max_new_tokens": info["train"].get("max_new_tokens", 256)}
         for key, value in found.items():
             if not isinstance(value, kinds.get(key, str)):
@@ -1169,27 +1182,29 @@ def progress(what: str) -> Callable | None:
     """A callback that prints a counter on a terminal; None elsewhere."""
     if not (sys.stderr and sys.stderr.isatty()) or os.environ.get("TERM") == "dumb":
         return None
-    return lambda done, n: print(f"\r{what} {done}/{n}", end="\n" if done == n else "", file=sys.stderr, flush=True)
+    # The cursor waits at the start of the line: what comes instead of the next count, as an error may, overwrites this one.
+    return lambda done, n: print(f"{what} {done}/{n}", end="\n" if done == n else "\r", file=sys.stderr, flush=True)
 
 
-def asked_records(folder: Path, info: dict) -> list[dict]:
+def asked_records(folder: Path, info: dict, model, tokenizer) -> list[dict]:
     """The test records, with instruction and response as the run asked and answered them."""
-    from data import load_examples, reshape_example, split_examples
-    from finetune import sha256
+    from data import INSTRUCTIONS, load_examples, reshape_example, split_examples
+    from finetune import lengthen, sha256
 
-    data, path = info["data"], folder / "responses.jsonl"
-    examples = split_examples(load_examples(data))[2]
+    data = info["data"]
+    _, val, examples = split_examples(load_examples(data))
     if sha256(data) != info["sha256"]:
         raise ValueError(f"{data} has changed since {folder} was trained on it: put the old file back, or train anew")
     if not examples:
         raise ValueError(f"{data} leaves no test records: at least 10 records are needed")
+    reshape = lambda part, kind: [reshape_example(e, kind, info["response"]) for e in part]
     if info["instruction"] != "adaptive":
-        return [reshape_example(e, info["instruction"], info["response"]) for e in examples]
-    answers = sorted(read_records(path), key=lambda r: r["id"])  # while it is written, in the order they came
-    asked = [r["instruction"] for r in answers]  # they were chosen while finetuning
-    if len(asked) != len(examples):
-        raise ValueError(f"{path} is not complete, and only finetune.py chooses adaptive instructions: train again")
-    return [reshape_example(e, response=info["response"]) | {"instruction": i} for e, i in zip(examples, asked)]
+        return reshape(examples, info["instruction"])
+    short, long = (reshape(examples, kind) for kind in INSTRUCTIONS)
+    answers = sorted(read_records(folder / "responses.jsonl"), key=lambda r: r["id"])  # as they came, where it was cut off
+    if len(answers) < len(examples):
+        return lengthen(model, tokenizer, info["template"], info["batch_size"], reshape(val, INSTRUCTIONS[0]), short, long)
+    return [e | {"instruction": r["instruction"]} for e, r in zip(short, answers)]
 
 
 def measure_forgetting(base: str, model, tokenizer, file: Path, device: str) -> dict:
@@ -1209,8 +1224,8 @@ def model_scores(folder: Path, text: Path | None, device: str) -> tuple[list[dic
     from gpt import generate
 
     info = run_info(folder)
-    examples = asked_records(folder, info)
     model, tokenizer = load_model(str(folder), device)
+    examples = asked_records(folder, info, model, tokenizer)
     prompts = [tokenizer.encode_ordinary(format_prompt(example, info["template"])) for example in examples]
     responses = generate_responses(model, tokenizer, examples, prompts, generate, path=folder / "responses.jsonl",
                                    max_new_tokens=info["max_new_tokens"], progress=progress(f"answers of {folder}"))
@@ -1284,8 +1299,9 @@ def say(text: str) -> None:
         raise type(error)(error.errno, error.strerror, "standard output") from None
 
 
-def evaluate(args) -> None:
-    """Score, judge, compare, print. Each scores.json is written before a judge is asked, and again afterwards."""
+def evaluate(args) -> int:
+    """Score, judge, compare, print; returns the exit code. Each scores.json is written before a judge is asked, and again
+    afterwards."""
     from gpt import write_json
 
     judge = make_judge(args)
@@ -1305,25 +1321,30 @@ def evaluate(args) -> None:
         name = f"judge-{judge.slug}.jsonl"
         if not run.report["judges"][name]["n_scored"]:
             raise JudgeError(f"{args.judge} gave no score that can be read; its replies are in {run.folder / name}")
+    return 0
 
 
-def ask(folder: Path, text: str, device: str) -> None:
-    """Answer one instruction, or each line typed (or piped in) until the end of input."""
+def ask(folder: Path, text: str, device: str) -> int:
+    """Answer one instruction, or each line typed (or piped in) until the end of input; returns the exit code."""
     from data import format_prompt
     from gpt import generate
 
-    template = run_info(folder)["template"]
+    template, unanswered = run_info(folder)["template"], 0
     model, tokenizer = load_model(str(folder), device)
     while True:
         try:
             instruction = text or input("> " if sys.stdin and sys.stdin.isatty() else "")
         except (EOFError, RuntimeError):  # a standard input that is closed is a RuntimeError
-            return
+            return 1 if unanswered else 0
         prompt = tokenizer.encode_ordinary(format_prompt({"instruction": instruction, "input": ""}, template))
-        answer = generate(model, [prompt], model.config.block_size, eos_id=tokenizer.eot_token)[0]
-        say(decode(tokenizer, answer).strip())
+        try:
+            answer = generate(model, [prompt], model.config.block_size, eos_id=tokenizer.eot_token)[0]
+            say(decode(tokenizer, answer).strip())
+        except ValueError as error:  # too long: the next line may do
+            print(f"error: {error}", file=sys.stderr)
+            unanswered += 1
         if text:
-            return
+            return 1 if unanswered else 0
 
 
 def main(argv=None) -> int:
@@ -1334,8 +1355,7 @@ def main(argv=None) -> int:
     keep_memory()
     try:
         with multiply_with_onednn():
-            evaluate(args) if args.ask is None else ask(args.runs[0], args.ask, args.device)
-        return 0
+            return evaluate(args) if args.ask is None else ask(args.runs[0], args.ask, args.device)
     except BrokenPipeError:  # the reader has gone (`| head`); scores.json holds everything
         return 0
     except KeyboardInterrupt:

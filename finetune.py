@@ -58,7 +58,7 @@ from data import (INSTRUCTIONS, RESPONSES, TEMPLATES, batches, collate, data_fil
                   load_examples, load_tokenizer, prompt_weight, reshape_example, sample_order, save_tokenizer,
                   select_examples, split_examples, split_stages, token_weights)
 from evaluate import (drawable, eval_mode, exact_match, example_nlls, first_token_entropies, generate_responses,
-                      instruction_following_difficulty, plot_losses, read_records, sparkline, write_records)
+                      instruction_following_difficulty, naming, plot_losses, read_records, sparkline, write_records)
 from freeze import FreezeError, freeze, whole
 from gpt import PUBLISHED, GPT, generate, model_folder, read_json, read_safetensors, write_json, write_safetensors
 from lora import add_lora, load_lora, save_lora
@@ -534,6 +534,8 @@ def prepare_data(args, model, tokenizer) -> Data:
         if not chosen:
             raise ValueError(f"--select ifd: no record of {args.data} has a difficulty below 1")
         train_set, kept = [train_set[i] for i in chosen], [kept[i] for i in chosen]
+    if args.max_examples and len(train_set) < args.max_examples:
+        say(f"note     --max-examples {args.max_examples}: only {len(train_set)} training records can be had")
     stages = order_by_difficulty(args, train_set, kept, [examples[i].get("level") for i in kept], ifd)
 
     account = {"path": str(path), "sha256": sha256(path), "rows": len(examples), "used": len(train_set) + len(val_set),
@@ -1031,16 +1033,6 @@ def cut_metrics(path: Path, step: int) -> None:
     write_records(path, [line for line in lines if line["step"] <= step])
 
 
-@contextmanager
-def naming(path: Path):
-    """Put the path into an OSError that names no file, as that of a full disk does."""
-    try:
-        yield path
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
-
-
 # ---------------------------------------------------------------------------------------------
 # what the user sees
 
@@ -1055,9 +1047,14 @@ def say(text="", end="\n"):
             print(f"note: standard output: {error.strerror}; the run goes on without it", file=sys.stderr)
 
 
+def in_place() -> bool:
+    """Whether the standard output is a terminal on which a line can be updated."""
+    return sys.stdout is not None and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+
+
 def status(line: str, keep: bool) -> None:
     """One line that updates in place on a terminal; in a log, only the lines worth keeping."""
-    if sys.stdout is not None and sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
+    if in_place():
         width = shutil.get_terminal_size().columns - 1
         say("\r" + line[:width].ljust(width), end="\n" if keep else "")
     elif keep:
@@ -1190,7 +1187,7 @@ def train(args, machine, model, plan, optimizer, data, state, signals, save_stat
         else:
             state["skipped in a row"] += 1
             plan.skip()
-            say(f"note     step {step} skipped: loss {loss}, gradient norm {norm}")
+            status(f"note     step {step} skipped: loss {loss}, gradient norm {norm}", keep=True)
             if state["skipped in a row"] == MAX_SKIPPED:
                 raise ArithmeticError(f"{MAX_SKIPPED} steps in a row without a finite loss and gradient, the last is "
                                       f"step {step}: lower --lr or --lora-alpha, or use --dtype fp32")
@@ -1339,21 +1336,23 @@ def answer(model, tokenizer, examples, template, limit, path=None):
     return generate_responses(model, tokenizer, examples, prompts, generate, max_new_tokens=limit, path=path)
 
 
-def lengthen(args, model, tokenizer, data) -> list[dict]:
+def lengthen(model, tokenizer, template, batch_size, short_val, short_test, long_test) -> list[dict]:
     """The test records with their long instruction where the model is unsure how to begin its answer to the short one:
     where the entropy is above the 75th percentile of the validation records."""
     block_size = model.config.block_size  # a prompt that does not fit has no answer, and its entropy no meaning
     unsure = lambda records: first_token_entropies(
-        model, [p[:block_size] for p in encode_prompts(tokenizer, records, args.template)], args.batch_size)
-    known = sorted(unsure(data.short_val))
+        model, [p[:block_size] for p in encode_prompts(tokenizer, records, template)], batch_size)
+    known = sorted(unsure(short_val))
     threshold = known[int(0.75 * len(known))]
-    pairs = zip(data.test, data.long_test, unsure(data.test))
-    return [long if entropy > threshold else short for short, long, entropy in pairs]
+    return [long if entropy > threshold else short
+            for short, long, entropy in zip(short_test, long_test, unsure(short_test))]
 
 
 def answer_test(args, model, tokenizer, data, before, limit) -> dict:
     """Answer the test records into responses.jsonl and show some beside what was answered `before`; the figures."""
-    asked = lengthen(args, model, tokenizer, data) if args.instruction == "adaptive" else data.test
+    asked = data.test
+    if args.instruction == "adaptive":
+        asked = lengthen(model, tokenizer, args.template, args.batch_size, data.short_val, data.test, data.long_test)
     with naming(args.out / "responses.jsonl") as path:
         responses = answer(model, tokenizer, asked, args.template, limit, path)
     for old, new in zip(before, responses):
@@ -1529,7 +1528,9 @@ def run(args) -> int:
     with Signals() as signals:
         try:
             figures = train(args, machine, model, plan, optimizer, data, state, signals, save_state)
-        except (MemoryError, RuntimeError) as error:
+        except Exception as error:
+            if in_place():
+                say()  # what follows stands on a line of its own
             if not is_out_of_memory(error):
                 raise
             longest = max(len(e.ids) for e in data.train + data.val)

@@ -599,6 +599,17 @@ def test_a_refusal_that_names_no_parameter_is_an_error(server):
         E.server_judge("ollama:m", server.url).score("q", "r", "a")
 
 
+def test_one_prompt_that_is_too_long_does_not_take_the_reply_limit_from_the_others(server):
+    server.reply = lambda *a: (400, {}, json.dumps({"error": {"message": "'max_completion_tokens' is too large: 1024. This model's maximum "
+                                                                         "context length is 4096 tokens and your request has 3500 input tokens"}}))
+    judge = E.server_judge("openai:m", server.url)
+    with pytest.raises(E.JudgeError, match="maximum context length") as error:
+        judge.score("q", "r", "a long answer")
+    assert not error.value.fatal and len(server.requests) == 1
+    server.reply = honest
+    assert judge.score("q", "r", "r")["score"] == 95 and server.requests[-1][1]["max_completion_tokens"] == E.MAX_REPLY
+
+
 def test_a_missing_ollama_model_says_how_to_fetch_it(server):
     server.reply = lambda *a: (404, {}, '{"error": "model \'llama9\' not found"}')
     with pytest.raises(E.JudgeError, match="ollama pull llama9") as error:
@@ -1077,6 +1088,10 @@ def test_ask_answers_one_instruction_or_each_line(real_run, capsys, monkeypatch)
     monkeypatch.setattr(sys, "stdin", io.StringIO("Say hello.\nSay hello.\n"))
     assert E.main([run, "--ask"]) == 0
     assert capsys.readouterr().out == one * 2
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{'long ' * 2000}\nSay hello.\n"))
+    assert E.main([run, "--ask"]) == 1  # the second line has its answer all the same
+    out, err = capsys.readouterr()
+    assert out == one and "no room to answer" in err and err.count("\n") == 1
     monkeypatch.setattr(sys, "stdin", None)  # closed
     assert E.main([run, "--ask"]) == 0 and capsys.readouterr().out == ""
 
@@ -1263,6 +1278,21 @@ def test_a_standard_output_that_is_full_is_an_error_and_a_closed_one_is_not(make
     assert capsys.readouterr().err == "error: [Errno 28] No space left on device: 'standard output'\n"
     monkeypatch.setattr(sys, "stdout", None)
     assert E.main([run]) == 0 and capsys.readouterr().err == ""
+
+
+def test_a_full_disk_is_named_by_the_file_that_it_could_not_take(tmp_path, make_run, monkeypatch, capsys):
+    def full(*args, **more):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError) as error, open(tmp_path / "answers.jsonl", "a") as file:
+        E.append_records(file, [{"a": 1}])
+    assert error.value.filename == str(tmp_path / "answers.jsonl")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    monkeypatch.undo()
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    assert E.main([str(make_run()), "--plot"]) == 1
+    assert "No space left on device: " in (err := capsys.readouterr().err) and "compare.png" in err and err.count("\n") == 1
 
 
 def test_nothing_from_outside_steers_the_terminal(make_run, server, capsys):

@@ -804,10 +804,33 @@ def test_every_curriculum_sees_every_record(world, tmp_path, kind):
     assert {i for m in metrics(tmp_path / "r") for i in m.get("records", [])} == set(range(34))
 
 
-def test_selected_records_are_the_only_ones_trained_on(world, tmp_path):
+def test_selected_records_are_the_only_ones_trained_on(world, tmp_path, capsys):
     assert run(world, tmp_path / "r", "--max-examples", 5, "--select", "longest", "--epochs", 1, "--no-responses") == 0
+    assert "--max-examples" not in capsys.readouterr().out
     assert {i for m in metrics(tmp_path / "r") for i in m.get("records", [])} == {3, 7, 11, 15, 19}
     assert json.loads((tmp_path / "r" / "run.json").read_text())["data"]["used"] == 7
+
+
+@pytest.mark.parametrize("select", [[], ["--select", "longest"]])
+def test_asking_for_more_examples_than_there_are_is_not_passed_over_in_silence(world, tmp_path, capsys, select):
+    assert run(world, tmp_path / "r", "--max-examples", 35, *select, "--max-steps", 1, "--no-responses") == 0
+    assert "note     --max-examples 35: only 34 training records can be had\n" in capsys.readouterr().out
+
+
+def test_on_a_terminal_notes_and_errors_stand_on_lines_of_their_own(world, tmp_path, monkeypatch, capsys):
+    results = iter([(math.nan, 1.0), OSError("gone")])
+    def step(*args):
+        result = next(results)
+        if isinstance(result, Exception):
+            raise result
+        return result
+    monkeypatch.setattr(finetune, "take_step", step)
+    monkeypatch.setattr(finetune, "in_place", lambda: True)
+    assert run(world, tmp_path / "r", "--max-steps", 3, "--eval-every", 3, "--no-responses") == 1
+    out, err = capsys.readouterr()
+    lines = [line.rpartition("\r")[2].rstrip() for line in out.split("\n")]
+    assert "note     step 1 skipped: loss nan, gradient norm 1.0" in lines
+    assert lines[-2].startswith("step 1/3 ") and lines[-1] == "" and err == "error: gone\n"
 
 
 def test_answers_of_every_shape_are_trained_on_and_scored_on_the_final_answer(world, leveled, tmp_path):
@@ -834,6 +857,11 @@ def test_adaptive_instructions_are_the_shortest_that_are_no_harder_and_longer_wh
     threshold = sorted(entropy(records[38:]))[1]
     asked = ["Please" in r["instruction"] for r in responses]
     assert asked == [h > threshold for h in entropy(records[34:38])]
+    answers = (tmp_path / "r" / "responses.jsonl").read_bytes()
+    for left in (b"", answers[:answers.index(b"\n") + 1]):  # none, or the first: evaluate.py chooses and answers as finetune.py would have
+        (tmp_path / "r" / "responses.jsonl").write_bytes(left)
+        assert evaluate.main([str(tmp_path / "r")]) == 0
+        assert (tmp_path / "r" / "responses.jsonl").read_bytes() == answers
     records[35]["instruction_long"] = records[36]["instruction"] = "long " * 90  # no room for an answer
     (tmp_path / "long.json").write_text(json.dumps(records))
     assert run(world, tmp_path / "long", "--data", tmp_path / "long.json", "--instruction", "adaptive", "--max-steps", 2) == 0
