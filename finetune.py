@@ -1395,7 +1395,7 @@ def conclude(args, plan, figures, n_test, seconds) -> None:
     if figures["steps"] - figures["skipped_steps"] < 2:
         trained, changed = len(plan.trainable), "(too few steps to ask them to have changed)"
     elif waiting := len(plan.eligible) - trained:
-        changed += f", {waiting} of the frozen ones never had their turn"
+        changed += f", {waiting} others have had one step at most"
     say(f"proved   {len(plan.named) - trained} frozen tensors are bit-identical, {trained} trainable ones {changed}; "
         f"{sum(plan.checks.values())} checks in {plan.seconds:.2f} s ({plan.seconds / seconds:.1%} of the run)")
     say(f"loss     {draw_losses(args.out)}")

@@ -48,7 +48,7 @@ DYNAMIC = ("gradual:", "lisa:")
 BLOCK = re.compile(r"\bh\.(\d+)\.")
 ADAPTER = re.compile(r"\blora_")
 KINDS = {"embeddings": r"\b(wte|wpe)\.", "head": r"\blm_head\.", "last_layer": r"\blm_head\.",
-         "norms": r"\bln_\w+\.", "biases": r"\bbias$"}
+         "norms": r"\bln_\w+\.", "biases": r"\bbias$|\bparametrizations\.bias\."}
 
 
 class FreezeError(RuntimeError):
@@ -74,7 +74,7 @@ def parse_policy(policy: str) -> list[tuple[bool, str]]:
     """(takes away?, term) in order: "all,-blocks:0-1,3" is [(False, "all"), (True, "blocks:0-1,3")]."""
     terms = []
     for text in (part.strip() for part in policy.split(",")):
-        if terms and terms[-1][1].startswith("blocks:") and re.fullmatch(r"\d+(-\d+)?", text):
+        if terms and terms[-1][1].startswith("blocks:") and re.fullmatch(r"[0-9]+(-[0-9]+)?", text):
             terms[-1] = (terms[-1][0], f"{terms[-1][1]},{text}")
         else:
             terms.append((text.startswith("-"), text.removeprefix("-").strip()))
@@ -86,7 +86,7 @@ def chosen_blocks(term: str, n_layer: int, seed: int = 0, when=None) -> set[int]
     when = (epochs, steps) done, or if that is None at any time. What is drawn depends on `seed` and `when` alone."""
     word, _, argument = term.partition(":")
     if word == "blocks":
-        ranges = [re.fullmatch(r"(\d+)(?:-(\d+))?", part) for part in argument.split(",")]
+        ranges = [re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", part) for part in argument.split(",")]
         ranges = [range(int(m[1]), int(m[2] or m[1]) + 1) if m else () for m in ranges]
         if not all(ranges):
             raise bad_policy(f"{term!r} is not a list of blocks such as blocks:0-3,7")
@@ -94,9 +94,9 @@ def chosen_blocks(term: str, n_layer: int, seed: int = 0, when=None) -> set[int]
             raise bad_policy(f"{term!r}, but the model's {n_layer} blocks are 0 to {n_layer - 1}")
         return set().union(*ranges)
     count, at, period = argument.partition("@")
-    if not re.fullmatch(r"\d+", count) or not 1 <= int(count) <= n_layer:
+    if not re.fullmatch(r"[0-9]+", count) or not 1 <= int(count) <= n_layer:
         raise bad_policy(f"{term!r} needs a number of blocks from 1 to the model's {n_layer}")
-    if bool(at) != (word == "lisa") or (at and not re.fullmatch(r"0*[1-9]\d*", period)):
+    if bool(at) != (word == "lisa") or (at and not re.fullmatch(r"0*[1-9][0-9]*", period)):
         raise bad_policy(f"{term!r} is not of the form {word}:K{'@N' * (word == 'lisa')}")
     if term.startswith(DYNAMIC) and int(count) == n_layer:
         raise bad_policy(f"{term!r} trains all {n_layer} blocks at any time and never changes; take fewer")
@@ -203,15 +203,39 @@ def match_terms(model: nn.Module, policy: str, batches, seed: int, scores: dict)
         if minus and term.startswith(DYNAMIC):
             raise bad_policy(f"-{term}: what changes as training goes on cannot be taken away")
         terms.append((minus, term, found))
-    trainable, static = combine(terms), [t for t in terms if not t[1].startswith(DYNAMIC)]
+    trainable = combine(terms)
     if not trainable:
         raise bad_policy("it trains nothing")
-    if len(static) < len(terms) and combine(static) == trainable:
-        raise bad_policy(f"{policy!r} never changes, because the other terms train all its blocks")
+    refuse_idle_terms(terms, policy, named, seed)
     for group in shared_memory(model):
-        if 0 < sum(first[id(named[name])] in trainable for name in group) < len(group):
+        trains = [first[id(named[name])] for name in group if first[id(named[name])] in trainable]
+        if 0 < len(trains) < len(group):
             raise bad_policy(f"{policy!r} trains only a part of {', '.join(group)}, which share memory: name all, {untie}")
+        if len(set(trains)) > 1:
+            raise bad_policy(f"{', '.join(group)} share memory, but are separate parameters, and each would be updated: "
+                             "make them one (assign the Parameter, not its .data), or give each memory of its own")
     return terms
+
+
+def refuse_idle_terms(terms: list[tuple[bool, str, set[str]]], policy: str, names, seed: int) -> None:
+    """ValueError for terms that choose in vain, or that at some time would leave nothing to train."""
+    without = lambda *words: [t for t in terms if not t[1].startswith(words)]
+    for word in ("rgn:", "spectrum:", "random:", "hybrid:"):
+        if len(without(word)) < len(terms) and set(sum(by_block(names), [])) <= combine(without(word)):
+            raise bad_policy(f"{word} in {policy!r} chooses in vain, because the other terms train all blocks")
+    if len(without(*DYNAMIC)) == len(terms):
+        return
+    trainable, n_layer = combine(terms), len(by_block(names))
+    always = combine(without("lisa:"), n_layer, seed, (0, 0))  # what is always on, and what gradual:K begins with
+    drawn = [i for i, (_, term, _) in enumerate(terms) if term.startswith("lisa:")]
+    if combine(without(*DYNAMIC)) == trainable or not drawn and always == trainable:
+        raise bad_policy(f"{policy!r} never changes, because the other terms train all its blocks")
+    if not always and not drawn:
+        raise bad_policy(f"{policy!r} trains nothing at first")
+    for i in () if always else drawn:  # what the terms after it leave of all that it may draw
+        left = {BLOCK.search(name)[1] for name in combine([terms[i], *(t for t in terms[i:] if t[0])])}
+        if n_layer - len(left) >= int(re.findall("[0-9]+", terms[i][1])[0]):
+            raise bad_policy(f"{policy!r} trains nothing while {terms[i][1]} draws only blocks that other terms take away")
 
 
 def combine(terms: list[tuple[bool, str, set[str]]], n_layer: int = 0, seed: int = 0, when=None) -> set[str]:
@@ -222,8 +246,6 @@ def combine(terms: list[tuple[bool, str, set[str]]], n_layer: int = 0, seed: int
             blocks = chosen_blocks(term, n_layer, seed, when)
             found = {n for n in found if not (m := BLOCK.search(n)) or int(m[1]) in blocks}
         names = names - found if minus else names | found
-    if when and not names:
-        raise bad_policy(f"it trains nothing after {when[1]} steps")
     return names
 
 
@@ -319,7 +341,7 @@ def rank_shortfalls(model: nn.Module, batches) -> dict[str, float]:
 def hybrid(model: nn.Module, share: str, batches) -> set[str]:
     """The adapted weights of largest `rank_shortfalls`, as many as fit into `share` of the model's parameters
     (one that does not fit is passed over), and the adapters of all the others."""
-    if not re.fullmatch(r"\d*\.?\d+", share) or not 0 < float(share) <= 1:
+    if not re.fullmatch(r"[0-9]*\.?[0-9]+", share) or not 0 < float(share) <= 1:
         raise bad_policy(f"'hybrid:{share}' needs a share above 0, at most 1, such as hybrid:0.1")
     scores = rank_shortfalls(model, batches)
     numel = {n: p.numel() for n, p in model.named_parameters()}
@@ -365,11 +387,23 @@ def places(model: nn.Module) -> dict[str, tuple]:
     return {n: (id(p), p.data_ptr(), p.dtype, p.shape, p.stride()) for n, p in model.named_parameters(remove_duplicate=False)}
 
 
+def owner(model: nn.Module, name: str) -> nn.Module:
+    """The module of that name, or the nearest around it that has parameters."""
+    module = model.get_submodule(name)
+    return module if not name or next(module.parameters(), None) is not None else owner(model, name.rpartition(".")[0])
+
+
 def has_dropout(module: nn.Module) -> bool:
     """Whether a module has dropout: one of torch's kinds, attention with a rate in `dropout`, or an adapter with one."""
     rates = [module.p] if isinstance(module, nn.modules.dropout._DropoutNd) else [getattr(module, "dropout", 0)]
-    rates += [config.dropout for config in getattr(module, "configs", {}).values()]
+    rates += [config.dropout for config in module.configs.values()] if hasattr(module, "lora_A") and hasattr(module, "configs") else []
     return any(isinstance(rate, (int, float)) and rate > 0 for rate in rates)
+
+
+def largest_magnitude(tensor: Tensor) -> float:
+    """The maximum norm, which can neither overflow nor underflow, and is NaN if a value is."""
+    values = tensor.detach().coalesce().values() if tensor.is_sparse else whole(tensor.detach())
+    return torch.linalg.vector_norm(values, torch.inf).item() if values.numel() else 0.0
 
 
 def freeze(model: nn.Module, policy: str, *, batches=None, seed: int = 0) -> "Plan":
@@ -395,6 +429,7 @@ class Plan:
         terms = match_terms(model, policy, batches, seed, self.scores)
         start = time.perf_counter()
         self._hold(model)
+        self.trainable = []
         self.eligible = sorted(combine(terms))
         dynamic = [term for _, term, _ in terms if term.startswith(DYNAMIC)]
         self._schedule = (terms, len(by_block(self.named)), seed) if dynamic else None
@@ -403,10 +438,10 @@ class Plan:
         resolved += [seed, *((minus, term, sorted(found)) for minus, term, found in terms)] if dynamic else []
         self.fingerprint = hashlib.sha256(json.dumps(resolved).encode()).hexdigest()
         self._digests = digests(self.named)
-        self._buffers = digests(dict(model.named_buffers()))
-        # Steps done; under a dynamic policy, those done when a parameter was last unfrozen.
-        self._step, self._since = 0, dict.fromkeys(self.trainable, 0) if dynamic else {}
-        self._idle = set()  # trained for a while, frozen again, and not changed in between
+        self._buffers = digests(self._constants(model))
+        # Steps done; under a dynamic policy, in how many a parameter has trained since it was last seen to change.
+        self._step, self._steps = 0, dict.fromkeys(self.eligible, 0) if dynamic else {}
+        self._idle = set()  # had time to change, was frozen again, and had not changed
         self.changed = set()
         self._alive = set()  # trainables whose gradient was seen to be non-zero
         self.seconds = time.perf_counter() - start
@@ -428,9 +463,10 @@ class Plan:
         return combine(*self._schedule, when=(epoch, step)) if self._schedule else set(self.trainable)
 
     def advance(self, epoch: int, step: int) -> bool:
-        """Before each step, with the epochs and optimizer steps done: switch to the set that is due (by these and
-        the seed alone). True if it changed: then call `drop_frozen_state` and `set_modes`. What ceases to be frozen
-        must not have changed; what is frozen again must have, which `check_unchanged` asks later."""
+        """Before the forward pass of each step, with the epochs and optimizer steps done: switch to the set that is due
+        (by these and the seed alone). True if it changed: then call `drop_frozen_state` and `set_modes`. What ceases to
+        be frozen must not have changed; what is frozen again must have, which `check_unchanged` asks later."""
+        self._train_for(step - self._step)
         self._step = step
         due = self.due(epoch, step)
         thawed, switched = due - set(self.trainable), due ^ set(self.trainable)
@@ -440,16 +476,17 @@ class Plan:
             now = digests({n: self.named[n] for n in sorted(switched)})
             same = {n for n in switched if now[n] == self._digests[n]}
             refuse(thawed - same, "frozen, but changed")
-            self._idle |= {n for n in same - thawed if self._had_time(n, step)}
-            self.changed |= switched - thawed - same
+            self._idle |= {n for n in same - thawed if self._had_time(n)}
+            changed = switched - thawed - same
+            self.changed |= changed
             self._digests |= now
-            self._since |= dict.fromkeys(thawed, step)
+            self._steps |= dict.fromkeys(changed, 0)
             self._switch(due)
         return True
 
     def skip(self) -> None:
         """The step that `advance` began moved nothing: what trains has had one step less in which to change."""
-        self._since |= {n: self._since.get(n, 0) + 1 for n in self.trainable}
+        self._train_for(-1)
 
     def drop_frozen_state(self, optimizer: torch.optim.Optimizer) -> None:
         """Free the optimizer's state of what is frozen now; it starts anew when it trains again."""
@@ -463,15 +500,14 @@ class Plan:
 
     def check_model(self, model: nn.Module) -> None:
         """The model is the one that was frozen: the same parameters over the same memory, requires_grad as
-        the policy says, buffers unchanged and, where there is dropout, frozen blocks in eval mode."""
+        the policy says, frozen modules' buffers unchanged and, where there is dropout, frozen blocks in eval mode."""
         with self._passing("check_model"):
             self._check_objects(model)
             refuse((n for n in self.frozen if self.named[n].requires_grad),
                    f"frozen under {self.policy!r}, but requires_grad is True")
             refuse((n for n in self.trainable if not self.named[n].requires_grad),
                    f"trained under {self.policy!r}, but requires_grad is False")
-            now, then = digests(dict(model.named_buffers())), self._buffers
-            refuse((n for n in now | then if now.get(n) != then.get(n)), "buffers changed since freezing")
+            self._check_buffers(model)
             if any(has_dropout(module) for module in model.modules()):
                 active = [n for n, part, rests in self._parts(model) if rests and any(m.training for m in part.modules())]
                 refuse(active, "frozen, but in train mode (call plan.set_modes(model) after model.train())")
@@ -495,30 +531,31 @@ class Plan:
     def check_gradients(self, model: nn.Module, step: int) -> None:
         """After backward, `step` from 1. Frozen: no gradient, not even zeros, to which an optimizer would still
         apply decay and momentum. Trained: a finite one, non-zero by step 2 (in step 1 LoRA's A has none, for B is
-        zero). Only whole tensors are asked: an embedding has unused rows."""
+        zero: count from the first step with a rate above zero). Only whole tensors are asked: an embedding has unused
+        rows."""
         with self._passing("check_gradients"):
             self._check_objects(model)
             refuse((n for n in self.frozen if self.named[n].grad is not None),
                    "frozen, but with a gradient where None belongs")
             grads = {n: self.named[n].grad for n in self.trainable if self.named[n].numel()}
             refuse((n for n in grads if grads[n] is None), "should train, but has no gradient")
-            # The largest magnitude can neither overflow nor underflow, and NaN stays NaN in it.
-            largest = {n: torch.linalg.vector_norm(whole(g), torch.inf).item() for n, g in grads.items()}
+            largest = {n: largest_magnitude(g) for n, g in grads.items()}
             refuse((n for n in grads if not largest[n] < torch.inf), "the gradient is not finite")
             self._alive |= {n for n in grads if largest[n] > 0}
             if step >= 2:
                 refuse(grads.keys() - self._alive, f"should train, but the gradient is zero up to step {step}")
 
     def check_unchanged(self, model: nn.Module, trained: bool = True) -> None:
-        """Frozen tensors are bit-identical to what they were when they were frozen, and every trainable one
-        has changed (trained=False: not asked, after fewer than two steps with a rate above zero)."""
+        """Frozen tensors are bit-identical to what they were when they were frozen, frozen modules' buffers too, and every
+        trainable one has changed (trained=False: not asked, after fewer than two steps with a rate above zero)."""
         with self._passing("check_unchanged"):
             self._check_objects(model)
+            self._check_buffers(model)
             now = digests(self.named if trained else {n: self.named[n] for n in self.frozen})
             same = {n for n in now if now[n] == self._digests[n]}
             refuse(set(self.frozen) - same, "frozen, but changed")
             if trained:
-                idle = {n for n in same & set(self.trainable) if self._had_time(n, self._step + 1)}
+                idle = {n for n in same & set(self.trainable) if self._had_time(n, 1)}  # the step that advance began
                 refuse(idle | self._idle, "should have trained, but did not change")
                 self.changed |= set(self.trainable) - same
 
@@ -526,7 +563,7 @@ class Plan:
     def proof(self) -> dict:
         """For `resume`, JSON-able: the digest of each tensor is from when it was last frozen or unfrozen."""
         return {"policy": self.policy, "fingerprint": self.fingerprint, "trainable": list(self.trainable),
-                "digests": dict(self._digests), "step": self._step, "since": dict(self._since), "idle": sorted(self._idle),
+                "digests": dict(self._digests), "step": self._step, "steps": dict(self._steps), "idle": sorted(self._idle),
                 "changed": sorted(self.changed), "buffers": self._buffers}
 
     def resume(self, model: nn.Module, proof: dict) -> None:
@@ -536,10 +573,11 @@ class Plan:
             if proof["fingerprint"] != self.fingerprint:
                 raise FreezeError(f"the checkpoint trained {proof['policy']!r}, which on this model is not "
                                   f"{self.policy!r}: other names, shapes or trainables")
-            self._digests, self._since, self._buffers = dict(proof["digests"]), dict(proof["since"]), proof["buffers"]
+            self._digests, self._steps, self._buffers = dict(proof["digests"]), dict(proof["steps"]), proof["buffers"]
             self._step, self._idle, self.changed = proof["step"], set(proof["idle"]), set(proof["changed"])
             if self._schedule:
                 self._switch(set(proof["trainable"]))
+                self.set_modes(model)
         self.check_model(model)
         self.check_unchanged(model, trained=False)
 
@@ -569,16 +607,22 @@ class Plan:
         self._shared = shared_memory(model)
 
     def _switch(self, trainable: set[str]) -> None:
-        """Let exactly these train; gradients are cleared, because optimizers skip None, but not zeros."""
+        """Let exactly these train; the gradients of others are cleared, because optimizers skip None, but not zeros."""
+        stays = trainable & set(self.trainable)
         self.trainable, self.frozen = sorted(trainable), sorted(self.named.keys() - trainable)
         for name, p in self.named.items():
             p.requires_grad_(name in trainable)
-            p.grad = None
+            p.grad = p.grad if name in stays else None
 
-    def _had_time(self, name: str, step: int) -> bool:
-        """Whether a parameter has had time to change: not if it is empty, or was unfrozen a single step ago, whose rate may
-        have been zero."""
-        return self.named[name].numel() > 0 and (name not in self._since or step - self._since[name] >= 2)
+    def _train_for(self, steps: int) -> None:
+        """Under a dynamic policy, count so many more steps for what trains now."""
+        if self._schedule:
+            self._steps |= {n: self._steps[n] + steps for n in self.trainable}
+
+    def _had_time(self, name: str, more: int = 0) -> bool:
+        """Whether a parameter has had time to change: not if it is empty, or has trained for a single step, whose rate
+        may have been zero. `more`: steps that are not counted yet."""
+        return self.named[name].numel() > 0 and (not self._schedule or self._steps[name] + more >= 2)
 
     @contextmanager
     def _passing(self, check: str):
@@ -597,17 +641,30 @@ class Plan:
         refuse(now.keys() - self._places.keys(), "not in the model at freezing")
         refuse((n for n in now if now[n] != self._places[n]), "replaced since freezing")
 
+    def _check_buffers(self, model: nn.Module) -> None:
+        """Buffers hold what they did, but for those of modules that train."""
+        now, then = digests(self._constants(model)), self._buffers
+        refuse((n for n in now | then if now.get(n) != then.get(n)), "buffers changed since freezing")
+
+    def _constants(self, model: nn.Module) -> dict[str, Tensor]:
+        """The buffers but those of modules with a parameter that trains at some time: these may keep statistics."""
+        module_of = lambda name: name.rpartition(".")[0].partition(".parametrizations.")[0]
+        training = set(map(module_of, self.eligible))
+        return {name: buffer for name, buffer in model.named_buffers() if module_of(name) not in training}
+
     def _parts(self, model: nn.Module):
-        """(name, module, rests?) of each block, which rests if nothing in it trains, and of dropout outside
-        the blocks: it drops the embeddings' output, and rests with them. So what lies below the lowest
+        """(name, module, rests?) of each block, and of each module with dropout outside the blocks. What belongs to no
+        trainable parameter rests; what drops the embeddings' output rests with them. So what lies below the lowest
         trainable parameter is a fixed function of its input."""
         embeddings = any(re.search(KINDS["embeddings"], n) for n in self.trainable)
         for name, module in model.named_modules():
             block = BLOCK.search(name + ".")
             if block and block.end() > len(name):
                 yield name, module, not any(p.requires_grad for p in module.parameters())
-            elif not block and isinstance(module, nn.Dropout):
-                yield name, module, not embeddings
+            elif not block and (isinstance(module, nn.Dropout) or has_dropout(module)):
+                part = owner(model, name)
+                trains = embeddings if hasattr(part, "wte") else any(p.requires_grad for p in part.parameters())
+                yield name, module, not trains
 
 
 # ---------------------------------------------------------------------------------------- the script

@@ -299,9 +299,12 @@ def test_parameters_over_the_same_memory_cannot_differ(policy):
         freeze(with_head_over_the_same_memory(), policy)
 
 
-def test_parameters_over_the_same_memory_may_share_a_fate():
+def test_parameters_over_the_same_memory_may_be_frozen_together_but_not_train_for_each_would_be_updated():
     assert freeze(with_head_over_the_same_memory(), "last_block").trainable == sorted(block(2) | LN_F)
-    assert "lm_head.weight" in freeze(with_head_over_the_same_memory(), "head,embeddings").trainable
+    with pytest.raises(ValueError, match="lm_head.weight, wte.weight share memory, but are separate parameters|"
+                                         "wte.weight, lm_head.weight share memory, but are separate parameters"):
+        freeze(with_head_over_the_same_memory(), "head,embeddings")
+    assert "wte.weight" in freeze(small(), "embeddings").trainable  # one Parameter with two names
 
 
 def test_neighbours_in_one_storage_do_not_share_memory_but_overlapping_views_do():
@@ -1129,12 +1132,38 @@ def test_lisa_is_a_function_of_seed_and_step():
     assert in_order[::2] == in_order[1::2]
 
 
-def test_a_draw_that_leaves_nothing_to_train_is_an_error():
-    seed = next(seed for seed in range(9) if random.Random(f"lisa {seed} 0").sample(range(3), 1) != [1])
-    plan = freeze(small(), "lisa:1@1,-h.1.*", seed=seed)
-    with pytest.raises(ValueError, match="trains nothing after"):
-        for step in range(20):
-            plan.advance(0, step)
+@pytest.mark.parametrize("policy", ["lisa:1@1,-h.1.*", "lisa:1@1,-blocks:0", "lisa:2@5,-h.0.*,-h.1.*", "norms,lisa:1@1,-blocks:0,-norms"])
+def test_a_draw_that_would_leave_nothing_to_train_is_refused_beforehand(policy):
+    with pytest.raises(ValueError, match="trains nothing while lisa:[12]@[15] draws only blocks that other terms take away"):
+        freeze(small(), policy)
+
+
+@pytest.mark.parametrize("policy", ["lisa:2@1,-blocks:0", "lisa:1@1,norms,-blocks:0", "gradual:1,lisa:1@1,-blocks:0"])
+def test_something_is_left_of_every_draw(policy):
+    plan = freeze(small(), policy)
+    for step in range(20):
+        plan.advance(0, step)
+        assert plan.trainable and not any(n.startswith("h.0.") for n in plan.trainable)
+
+
+@pytest.mark.parametrize("policy, says", [
+    ("all,rgn:1", "rgn: in 'all,rgn:1' chooses in vain"), ("spectrum:1,all", "chooses in vain"), ("random:1,blocks:0-2", "chooses in vain"),
+    ("gradual:1,blocks:0-1", "never changes"), ("gradual:1,-blocks:2,-ln_f.*", "trains nothing at first"), ("last:\u0663", "needs a number of blocks"),
+    ("blocks:\u0661", "is not a list of blocks"), ("lisa:1@\u0665", "is not of the form")])
+def test_what_has_no_effect_or_is_no_number_is_refused(policy, says):
+    with pytest.raises(ValueError, match=says):
+        freeze(small(), policy, batches=some_batches(2))
+
+
+def test_biases_are_found_under_a_parametrization_too():
+    class Same(nn.Module):
+        def forward(self, x):
+            return x
+
+    model = small()
+    nn.utils.parametrize.register_parametrization(model.h[0].mlp.c_fc, "bias", Same())
+    original = "h.0.mlp.c_fc.parametrizations.bias.original"
+    assert original in freeze(model, "biases").trainable and original not in freeze(model, "all,-biases").trainable
 
 
 @pytest.mark.parametrize("policy, away", [("lisa:1@2,-norms", "ln_"), ("gradual:1,-ln_f.*", "ln_f"), ("gradual:1,embeddings,-wpe*", "wpe")])
@@ -1154,6 +1183,142 @@ def test_a_first_step_without_an_update_is_no_alarm_where_the_set_changes_after_
     run.train(2)
     run.check("check_unchanged")
     assert run.plan.checks["check_unchanged"] == 1
+
+
+def draws(seed, steps):
+    return [random.Random(f"lisa {seed} {step}").sample(range(3), 1)[0] for step in range(steps)]
+
+
+def test_one_step_at_a_time_is_time_to_change_when_there_were_two():
+    """lisa:1@1 seldom draws a block twice in a row; an optimizer that never steps is noticed all the same."""
+    seed = next(seed for seed in range(999) if draws(seed, 4) == [0, 1, 0, 2])
+    run = Run()
+    run.plan = freeze(run.model, "lisa:1@1", seed=seed)
+    for step in range(4):
+        run.plan.advance(0, step)
+        run.backward()
+        if step < 2:  # block 0 has trained for a single step
+            run.check("check_unchanged")
+    with pytest.raises(FreezeError, match=r"should have trained, but did not change: h\.0\..* and 7 more$"):
+        run.check("check_unchanged")
+
+
+def test_the_steps_that_a_block_has_had_survive_a_resume():
+    seed = next(seed for seed in range(999) if draws(seed, 4) == [0, 1, 0, 2])
+    plan, model = freeze(small(), "lisa:1@1", seed=seed), small()
+    for step in range(2):
+        plan.advance(0, step)
+    again = freeze(model, "lisa:1@1", seed=seed)
+    again.resume(model, json.loads(json.dumps(plan.proof)))
+    for step in range(2, 4):
+        again.advance(0, step)
+    with pytest.raises(FreezeError, match="should have trained, but did not change: h.0"):
+        again.check_unchanged(model)
+
+
+def test_a_run_with_dropout_resumes_where_another_block_trains_than_at_the_start():
+    seed = next(seed for seed in range(99) if draws(seed, 2) == [0, 1])
+    model = small(dropout=0.1).train()
+    plan = freeze(model, "lisa:1@1", seed=seed)
+    plan.set_modes(model), plan.advance(0, 0), plan.advance(0, 1)
+    other = small(dropout=0.1).train()
+    again = freeze(other, "lisa:1@1", seed=seed)
+    again.set_modes(other)
+    again.resume(other, plan.proof)
+    assert other.h[1].training and not other.h[0].training
+    again.check_model(other)
+
+
+def test_a_switch_after_the_backward_pass_leaves_the_gradients_of_what_trains_all_along():
+    seed = next(seed for seed in range(99) if draws(seed, 2) == [0, 1])
+    model = small()
+    plan = freeze(model, "lisa:1@1,embeddings", seed=seed)
+    loss_of(model).backward()
+    assert plan.advance(0, 1)
+    assert {n for n, p in plan.named.items() if p.grad is not None} == {"wte.weight", "wpe.weight"}
+
+
+class Classifier(nn.Module):
+    """A GPT-2, a frozen or trained normalization with statistics, and a head that drops."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.norm = small(dropout=0.1), nn.BatchNorm1d(8)
+        self.score = nn.Sequential(nn.Sequential(nn.Dropout(0.3), nn.ReLU()), nn.Linear(8, 2))
+
+    def forward(self, idx):
+        return self.score(self.norm(self.body.features(idx)[:, -1]))
+
+
+@pytest.mark.parametrize("policy, drops", [("score.*", {"score"}), ("body.wte*", {"body.drop"}), ("body.h.2.*", {"body.h.2"})])
+def test_dropout_rests_with_the_part_that_it_belongs_to(policy, drops):
+    model = Classifier()
+    plan = freeze(model, policy)
+    model.train()
+    with pytest.raises(FreezeError, match="in train mode"):
+        plan.check_model(model)
+    plan.set_modes(model)
+    plan.check_model(model)
+    active = {n for n, m in model.named_modules() if isinstance(m, nn.Dropout) and m.training}
+    assert active and all(any(n.startswith(d) for d in drops) for n in active)
+
+
+def test_where_all_of_another_model_trains_no_dropout_is_taken_for_the_embeddings():
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, dropout=0.2), 2, enable_nested_tensor=False)
+    plan = freeze(model.train(), "all")
+    plan.check_model(model)
+    plan = freeze(model, "layers.1.*")
+    with pytest.raises(FreezeError, match="in train mode .*: layers.0.dropout"):
+        plan.check_model(model)
+    plan.set_modes(model)
+    plan.check_model(model)
+    assert model.layers[1].dropout.training and model.layers[1].self_attn.training and not model.layers[0].self_attn.training
+
+
+@pytest.mark.parametrize("policy, check", [("score.*", "check_model"), ("score.*", "check_unchanged"), ("score.*,norm.*", None)])
+def test_statistics_may_change_where_they_belong_to_what_trains(policy, check):
+    model = Classifier()
+    plan = freeze(model, policy)
+    plan.set_modes(model.train())
+    for name in plan.trainable:
+        plan.named[name].data += 1
+    model(torch.randint(VOCAB, (4, 5)))  # moves the mean and the variance
+    if check:
+        with pytest.raises(FreezeError, match="buffers changed since freezing: norm.num_batches_tracked, norm.running_mean"):
+            getattr(plan, check)(model)
+    else:
+        plan.check_model(model), plan.check_unchanged(model)
+
+
+def test_what_a_trained_parametrization_keeps_beside_its_weight_may_change():
+    model = small()
+    nn.utils.parametrizations.spectral_norm(model.h[2].mlp.c_fc)
+    plan = freeze(model, "last_block")
+    model.train()
+    loss_of(model).backward()
+    plan.check_model(model)
+    frozen = freeze(model, "embeddings")
+    loss_of(model).backward()
+    with pytest.raises(FreezeError, match="buffers changed since freezing: h.2.mlp.c_fc.parametrizations.weight.0._u"):
+        frozen.check_model(model)
+
+
+def test_gradients_of_rows_and_modules_with_configs_of_their_own_are_no_obstacle():
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wte, self.out, self.configs = nn.Embedding(9, 4, sparse=True), nn.Linear(4, 2), [1]
+
+    model = Words()
+    plan = freeze(model, "all")
+    plan.check_model(model)
+    model.out(model.wte(torch.tensor([1, 1, 3]))).sum().backward()
+    plan.check_gradients(model, 1)
+    model.wte.weight.grad = model.wte.weight.grad * torch.nan
+    with pytest.raises(FreezeError, match="not finite: wte.weight"):
+        plan.check_gradients(model, 2)
+    model.wte.weight.grad = torch.sparse_coo_tensor(torch.zeros(1, 0), torch.zeros(0, 4), (9, 4), check_invariants=True)
+    plan.check_gradients(model, 2)  # it was seen to be alive
 
 
 def test_lisa_keeps_optimizer_state_for_what_trains_only():
