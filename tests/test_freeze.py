@@ -1203,6 +1203,25 @@ def test_one_step_at_a_time_is_time_to_change_when_there_were_two():
         run.check("check_unchanged")
 
 
+def test_steps_that_were_skipped_or_lie_before_a_change_are_not_counted():
+    seed = next(seed for seed in range(999) if draws(seed, 5) == [0, 1, 0, 0, 2])
+    model = small()
+    plan = freeze(model, "lisa:1@1", seed=seed)
+    plan.advance(0, 0)
+    with torch.no_grad():
+        for p in model.h[0].parameters():
+            p.add_(1)
+    plan.advance(0, 1)  # block 0 has changed in its first turn
+    with torch.no_grad():
+        for p in model.h[1].parameters():
+            p.add_(1)
+    plan.advance(0, 2), plan.advance(0, 3)
+    plan.skip()  # of its second turn of two steps one moved nothing
+    plan.advance(0, 4)
+    plan.check_unchanged(model)
+    assert plan.changed == block(0) | block(1)
+
+
 def test_the_steps_that_a_block_has_had_survive_a_resume():
     seed = next(seed for seed in range(999) if draws(seed, 4) == [0, 1, 0, 2])
     plan, model = freeze(small(), "lisa:1@1", seed=seed), small()
