@@ -396,7 +396,8 @@ def owner(model: nn.Module, name: str) -> nn.Module:
 def has_dropout(module: nn.Module) -> bool:
     """Whether a module has dropout: one of torch's kinds, attention with a rate in `dropout`, or an adapter with one."""
     rates = [module.p] if isinstance(module, nn.modules.dropout._DropoutNd) else [getattr(module, "dropout", 0)]
-    rates += [config.dropout for config in module.configs.values()] if hasattr(module, "lora_A") and hasattr(module, "configs") else []
+    configs = getattr(module, "configs", {}) if hasattr(module, "lora_A") else {}
+    rates += [config.dropout for config in configs.values()]
     return any(isinstance(rate, (int, float)) and rate > 0 for rate in rates)
 
 

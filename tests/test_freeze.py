@@ -1144,6 +1144,7 @@ def test_something_is_left_of_every_draw(policy):
     for step in range(20):
         plan.advance(0, step)
         assert plan.trainable and not any(n.startswith("h.0.") for n in plan.trainable)
+    assert freeze(small(), "blocks:0,-blocks:0,lisa:1@1").eligible == sorted(blocks(0, 1, 2))  # what was taken away before comes again
 
 
 @pytest.mark.parametrize("policy, says", [
