@@ -207,7 +207,8 @@ def _to_example(record) -> dict:
     if len(names) == 2:
         question, answer = (rest.pop(name) for name in names)
     else:
-        question, answer = _one_turn(rest.pop(names[0]))
+        system = [{"role": "system", "content": rest.pop("system")}] if rest.get("system") else []  # ShareGPT's other place for it
+        question, answer = _one_turn(rest.pop(names[0]), system)
         names = f"question in {names[0]}", f"answer in {names[0]}"
     given = rest.pop("input", None)
     example = {"instruction": question, "input": "" if given is None else given, "output": answer}
@@ -225,10 +226,10 @@ def _to_example(record) -> dict:
     return example | rest
 
 
-def _one_turn(messages) -> tuple[str, str]:
-    """(question, answer) of a conversation of one turn."""
+def _one_turn(messages, system: list) -> tuple[str, str]:
+    """(question, answer) of a conversation of one turn, which `system` may open."""
     try:
-        turns = [(m.get("role", m.get("from")), m.get("content", m.get("value"))) for m in messages]
+        turns = [(m.get("role", m.get("from")), m.get("content", m.get("value"))) for m in [*system, *messages]]
         roles = [{"human": "user", "gpt": "assistant"}.get(role, role) for role, _ in turns]
         texts = [text + "" for _, text in turns]
     except (AttributeError, TypeError):
@@ -288,6 +289,23 @@ def reshape_example(example, instruction="short", response=None) -> dict:
     return shaped
 
 
+def _folder(name_or_folder) -> tuple[str | None, Path]:
+    """(name, folder) of a model given by name or by its folder."""
+    name = name_or_folder if isinstance(name_or_folder, str) else None
+    return name, cache_folder() / name if name in GPT2_NAMES else TINY / "model" if name == "tiny" else Path(name_or_folder)
+
+
+def block_size(name_or_folder) -> int | None:
+    """How many ids a model takes, as its config.json says; None where no config.json says it."""
+    name, folder = _folder(name_or_folder)
+    if name in GPT2_NAMES:
+        return 1024
+    path = folder / "config.json"
+    config = _parse(path.read_bytes(), path) if path.is_file() else None
+    size = config.get("n_positions", 1024) if isinstance(config, dict) else None
+    return size if type(size) is int and size > 1 else None
+
+
 def load_tokenizer(name_or_folder) -> tiktoken.Encoding:
     """GPT-2's byte-level BPE from a model folder, or by name: `tiny`, `gpt2`, `gpt2-medium`, ...
 
@@ -296,8 +314,7 @@ def load_tokenizer(name_or_folder) -> tiktoken.Encoding:
     precedence over a folder of that name (`./gpt2`, or a Path, is the folder). Raises FileNotFoundError
     where there is no tokenizer, ValueError where it is broken or would not split text as GPT-2's does.
     """
-    name = name_or_folder if isinstance(name_or_folder, str) else None
-    folder = cache_folder() / name if name in GPT2_NAMES else TINY / "model" if name == "tiny" else Path(name_or_folder)
+    name, folder = _folder(name_or_folder)
     if name in GPT2_NAMES and not (folder / "merges.txt").is_file():  # all five have the same
         try:
             return tiktoken.get_encoding("gpt2")
@@ -578,7 +595,7 @@ def parse_args(argv=None):
     add("--data", default="tiny", help="a JSON or JSON lines file, or tiny, book, alpaca")
     add("--model", default="tiny", help="a folder with a tokenizer, or a name such as gpt2")
     add("--template", default="alpaca", choices=TEMPLATES, help="prompt template")
-    add("--max-length", type=int, help="cut examples after so many ids; None does not cut")
+    add("--max-length", type=int, help="cut examples after so many ids; None: after as many as the model takes")
     add("--loss-on", default="response", help="response, all, or the weight of prompt tokens")
     args = parser.parse_args(argv)
     for flag in ("data", "model"):  # from a shell variable that was never set; a path would take it for the working directory
@@ -595,12 +612,20 @@ def parse_args(argv=None):
 
 def describe(args):
     """Print what `python data.py` shows."""
-    examples, tokenizer = load_examples(args.data), load_tokenizer(args.model)
+    examples, tokenizer, longest = load_examples(args.data), load_tokenizer(args.model), block_size(args.model)
+    if args.max_length and longest and args.max_length > longest:
+        print(f"error: --max-length {args.max_length}: the model takes at most {longest} ids", file=sys.stderr)
+        sys.exit(2)
+    longest = args.max_length or longest
     try:
-        encoded, report = encode_examples(examples, tokenizer, args.template, args.max_length)
+        encoded, report = encode_examples(examples, tokenizer, args.template, longest)
     except ValueError as error:
-        raise ValueError(f"{args.data}: {error}; raise --max-length") from None
+        raise ValueError(f"{args.data}: {error}; raise --max-length if it is below what the model takes") from None
     print(f"{len(examples)} records, {len(encoded)} used; template {args.template}")
+    print(f"{'cut after':12s} {f'{longest} ids' if longest else 'none'}")
+    known = {"instruction", "input", "output", "level", "task", "instruction_long", "rationale", "draft"}
+    if ignored := sorted(set().union(*examples) - known):
+        print(f"fields that nothing here uses: {', '.join(ignored)}")
     for what in ("truncated", "dropped", "special_text"):
         first = f" (first: record {report[what][0] + 1})" if report[what] else ""
         print(f"{what.replace('_', ' '):12s} {len(report[what])}{first}")

@@ -1024,8 +1024,8 @@ def plot_tradeoff(axes, runs: list[Run]) -> None:
     """What each run forgot against what it gained: exact match, or the response NLL where nothing matches."""
     matches = any(run.report["exact_match"] for run in runs)
     for i, run in enumerate(runs):
-        if run.report["forgetting"] is not None:
-            x, y = run.report["forgetting"], 100 * run.report["exact_match"] if matches else run.report["response_nll"]
+        x, y = run.report["forgetting"], 100 * run.report["exact_match"] if matches else run.report["response_nll"]
+        if x is not None and y is not None:
             axes.plot(x, y, color=f"C{i}", marker="o", markersize=7, markeredgecolor="white")
             angle = 2 * math.pi * i / len(runs)  # numbers of neighbours stand on different sides
             offset = (10 * math.cos(angle), 10 * math.sin(angle))
@@ -1078,15 +1078,25 @@ def judge_url(text: str) -> str:
     return text
 
 
+LINES = "\n"  # --ask without a text: each line of the standard input
+
+
+def given_path(text: str) -> Path:
+    """An argparse type. Empty, from a shell variable that was never set, it would be the working directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return Path(text)
+
+
 def parse_args(argv=None):
     """Flags; what contradicts another is an error."""
     parser = argparse.ArgumentParser(description="Score finetuned runs, compare them, or talk to one.")
     parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
     add = parser.add_argument
-    add("runs", nargs="+", type=Path, metavar="RUN",
+    add("runs", nargs="+", type=given_path, metavar="RUN",
         help="run folders of finetune.py; the later ones are compared with the first")
-    add("--ask", nargs="?", const="", metavar="TEXT", help="answer this instruction; alone: each line typed")
-    add("--text", type=Path, metavar="FILE", help="plain text on which forgetting is measured (default: for the model "
+    add("--ask", nargs="?", const=LINES, metavar="TEXT", help="answer this instruction; alone: each line typed")
+    add("--text", type=given_path, metavar="FILE", help="plain text on which forgetting is measured (default: for the model "
         "tiny, its embedded held-out text)")
     add("--markdown", action="store_true", help="print the tables as Markdown")
     add("--plot", action="store_true", help="draw losses, scores and forgetting into compare.png in the first "
@@ -1105,6 +1115,8 @@ def parse_args(argv=None):
     kind, _, model = args.judge.partition(":")
     if args.judge != "none" and not (model and kind in (*SERVERS, "model")):
         parser.error(f"--judge {args.judge}: none, ollama:MODEL, openai:MODEL or model:FOLDER")
+    if args.ask == "":
+        parser.error("--ask: must not be empty")
     if args.judge_key_env == "":  # from a shell variable that was never set
         parser.error("--judge-key-env: must not be empty")
     if kind not in SERVERS and (args.judge_url or args.judge_key_env or args.judge_timeout is not None):
@@ -1213,8 +1225,8 @@ def measure_forgetting(base: str, model, tokenizer, file: Path, device: str) -> 
     try:
         ids = tokenizer.encode_ordinary(file.read_text(encoding="utf-8"))
         before, after = (text_nll(m, ids, m.config.block_size) for m in models)
-    except ValueError as error:  # not UTF-8, or too short
-        raise ValueError(f"--text {file}: {error}") from None
+    except (ValueError, OSError) as error:  # not UTF-8, or too short; not there
+        raise ValueError(f"--text {file}: {getattr(error, 'strerror', None) or error}; give a plain text in UTF-8") from None
     return {"forgetting": after - before, "text_nll": {"before": before, "after": after, "file": str(file)}}
 
 
@@ -1231,14 +1243,16 @@ def model_scores(folder: Path, text: Path | None, device: str) -> tuple[list[dic
                                    max_new_tokens=info["max_new_tokens"], progress=progress(f"answers of {folder}"))
     try:
         encoded, report = encode_examples(examples, tokenizer, info["template"], model.config.block_size)
-    except ValueError as error:
-        raise ValueError(f"{info['data']}: test records: {error}") from None
+    except ValueError:  # none has any room for a response
+        encoded, report = [], {"dropped": range(len(examples)), "truncated": []}
     for what, how in (("dropped", "is not in"), ("truncated", "is cut for")):  # too long for the model
         if report[what]:
             say(f"note: {folder}: of {len(report[what])} of {len(examples)} test records the response {how} response_nll; "
                 f"the first is test record {report[what][0] + 1}")
-    nats, tokens = response_nll(model, encoded)
-    scores = {"response_nll": nats / tokens, "response_perplexity": math.exp(min(nats / tokens, 700))}
+    scores = {}
+    if encoded:
+        nats, tokens = response_nll(model, encoded)
+        scores = {"response_nll": nats / tokens, "response_perplexity": math.exp(min(nats / tokens, 700))}
     if text is None and info["model"] == "tiny":
         text = Path(__file__).resolve().parent / "tiny" / "heldout.txt"
     return responses, scores | (measure_forgetting(info["model"], model, tokenizer, text, device) if text else {})
@@ -1333,7 +1347,7 @@ def ask(folder: Path, text: str, device: str) -> int:
     model, tokenizer = load_model(str(folder), device)
     while True:
         try:
-            instruction = text or input("> " if sys.stdin and sys.stdin.isatty() else "")
+            instruction = text if text != LINES else input("> " if sys.stdin and sys.stdin.isatty() else "")
         except (EOFError, RuntimeError):  # a standard input that is closed is a RuntimeError
             return 1 if unanswered else 0
         prompt = tokenizer.encode_ordinary(format_prompt({"instruction": instruction, "input": ""}, template))
@@ -1343,7 +1357,7 @@ def ask(folder: Path, text: str, device: str) -> int:
         except ValueError as error:  # too long: the next line may do
             print(f"error: {error}", file=sys.stderr)
             unanswered += 1
-        if text:
+        if text != LINES:
             return 1 if unanswered else 0
 
 

@@ -60,7 +60,7 @@ from data import (INSTRUCTIONS, RESPONSES, TEMPLATES, batches, collate, data_fil
 from evaluate import (drawable, eval_mode, exact_match, example_nlls, first_token_entropies, generate_responses,
                       instruction_following_difficulty, naming, plot_losses, read_records, sparkline, write_records)
 from freeze import FreezeError, freeze, whole
-from gpt import PUBLISHED, GPT, generate, model_folder, read_json, read_safetensors, write_json, write_safetensors
+from gpt import PUBLISHED, GPT, generate, model_folder, read_config, read_json, read_safetensors, write_json, write_safetensors
 from lora import add_lora, load_lora, save_lora
 
 try:
@@ -241,6 +241,8 @@ def check_flags(args, parser):
     if args.fsdp and args.cache_prefix:
         parser.error("--fsdp and --cache-prefix exclude each other: a sharded block runs in all processes at once, "
                      "the cache when one asks")
+    if args.warmup > 1 and args.warmup % 1:
+        parser.error(f"--warmup {args.warmup:g}: must be a number of steps, or below 1 a share of them")
     if 0 < args.clip < LEAST_CLIP:
         parser.error(f"--clip {args.clip:g}: must be 0 (do not clip) or at least {LEAST_CLIP:g}, or the updates vanish")
     if args.select and not args.max_examples:
@@ -463,6 +465,8 @@ def locate(model: str) -> tuple[Path, Path | None]:
 def load_model(args, folder: Path, adapter: Path | None):
     """Model and tokenizer; the run's adapter is loaded, a new one is added where --lora-r asks for it."""
     overrides = {"dropout": args.dropout} | ({"tie_word_embeddings": False} if args.untie_head else {})
+    if args.untie_head and not read_config(folder / "config.json", args.dropout).tie_word_embeddings:
+        raise UsageError(f"--untie-head: the head of {args.model} has weights of its own already; leave the flag out")
     model, tokenizer = GPT.from_pretrained(folder, **overrides), load_tokenizer(folder)
     width = model.config.n_embd
     if tokenizer.n_vocab > model.config.vocab_size:
@@ -568,8 +572,8 @@ def encode_part(args, label, part, model, tokenizer):
     else:
         records = reshape_all(args, part, args.instruction)
     encoded, report = encode(args, label, records, tokenizer)
-    for what, reason in (("dropped", "nothing of the response is left within --max-length"),
-                         ("truncated", "longer than --max-length"),
+    for what, reason in (("dropped", f"nothing of the response is left within {args.max_length} tokens"),
+                         ("truncated", f"longer than {args.max_length} tokens"),
                          ("special_text", "a control token is spelled in them and stays text")):
         if report[what]:
             first, _ = part[report[what][0]]
@@ -595,7 +599,8 @@ def encode(args, label, records, tokenizer):
     try:
         return encode_examples(records, tokenizer, args.template, args.max_length)
     except ValueError as error:
-        raise ValueError(f"{args.data}: {label} records: {error}; raise --max-length, or shorten the records") from None
+        raise ValueError(f"{args.data}: {label} records: {error}; raise --max-length if it is below what the model takes, "
+                         "or shorten the records") from None
 
 
 def reshape_all(args, part, instruction) -> list[dict]:
@@ -1162,7 +1167,7 @@ def train(args, machine, model, plan, optimizer, data, state, signals, save_stat
 
     val_loss = validate(args.eval_batches)
     if state["step"] == 0:
-        log(epoch=0, train_loss=None, val_loss=val_loss, lr=0.0, tokens=0)
+        log(epoch=0, train_loss=None, val_loss=finite(val_loss), lr=0.0, tokens=0)
     status(f"step {state['step']}/{total}  val loss {val_loss:.3f}", keep=True)
     begin, before, tokens_before, validating = time.perf_counter(), state["seconds"], state["tokens"], 0.0
     for step, (epoch, indices) in enumerate(itertools.islice(order, total)):
@@ -1200,7 +1205,7 @@ def train(args, machine, model, plan, optimizer, data, state, signals, save_stat
             validating += time.perf_counter() - pause
         seconds = time.perf_counter() - begin
         state["seconds"], state["rate"] = before + seconds, (state["tokens"] - tokens_before) / (seconds - validating)
-        log(epoch=epoch + 1, train_loss=finite(loss), val_loss=val_loss if due else None,
+        log(epoch=epoch + 1, train_loss=finite(loss), val_loss=finite(val_loss) if due else None,
             lr=args.lr * share, grad_norm=finite(norm), tokens=state["tokens"],
             seconds=round(state["seconds"], 3), records=[data.positions[i] for i in indices])
         status(f"step {step}/{total}  epoch {epoch + 1}  train loss {mean(state['recent']):.3f}  val loss {val_loss:.3f}  "
@@ -1214,7 +1219,7 @@ def train(args, machine, model, plan, optimizer, data, state, signals, save_stat
         if stop:
             return {"stopped": stop}
     val_loss = validate(None)
-    log(epoch=epoch + 1, train_loss=None, val_loss=val_loss, lr=0.0, tokens=state["tokens"])
+    log(epoch=epoch + 1, train_loss=None, val_loss=finite(val_loss), lr=0.0, tokens=state["tokens"])
     return {"steps": state["step"], "train_loss": mean(state["recent"]), "val_loss": val_loss,
             "seconds": round(state["seconds"], 3), "tokens_per_second": round(state["rate"], 1),
             "skipped_steps": state["step"] - state["taken"]}
@@ -1355,6 +1360,9 @@ def answer_test(args, model, tokenizer, data, before, limit) -> dict:
         asked = lengthen(model, tokenizer, args.template, args.batch_size, data.short_val, data.test, data.long_test)
     with naming(args.out / "responses.jsonl") as path:
         responses = answer(model, tokenizer, asked, args.template, limit, path)
+    if unanswered := [r["id"] for r in responses if "error" in r]:
+        say(f"note     {len(unanswered)} test prompts leave no room for an answer and count as wrong; the first is test "
+            f"record {unanswered[0] + 1}")
     for old, new in zip(before, responses):
         say(f"\nprompt   {excerpt(old['instruction'] + ' ' + old['input'])}")
         say(f"before   {excerpt(old['model_response'])}")
@@ -1542,6 +1550,9 @@ def run(args) -> int:
             say(f"\nstopped after step {state['step']}; the same command with --resume goes on from there")
             return 128 + figures["stopped"]
         prove(model, plan, optimizer, state)
+        if not math.isfinite(figures["val_loss"]):
+            raise ArithmeticError(f"the validation loss is {figures['val_loss']} after step {state['step']}, nothing is "
+                                  "saved: lower --lr or --lora-alpha, or use --dtype fp32")
         unshard(model)
         leave_processes()  # each has proved its own copy; from here on the first one is alone
         if machine.rank > 0:

@@ -696,8 +696,8 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Print what a freeze policy trains, with counts and memory.")
     parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
     parser.add_argument("--model", default="tiny", help="a model folder or a name (default: tiny)")
-    parser.add_argument("--trainable", help=f"terms joined by commas, a leading - takes away: {TERMS} "
-                        "(default: all; lora with --lora-r)")
+    parser.add_argument("--trainable", help=f"terms joined by commas, a leading - takes away: {TERMS} (default: all; lora "
+                        "with --lora-r; rgn:K and hybrid:SHARE choose by the data, which finetune.py alone has)")
     parser.add_argument("--lora-r", type=int, help="rank of adapters to add first")
     parser.add_argument("--untie-head", action="store_true", help="give the head its own copy of the embedding")
     args = parser.parse_args(argv)
@@ -714,8 +714,12 @@ def main(argv=None) -> int:
 
     code = 1
     try:
-        model = GPT.from_pretrained(args.model, **({"tie_word_embeddings": False} if args.untie_head else {}))
+        model = GPT.from_pretrained(args.model)
         code = 2
+        if args.untie_head:
+            if not model.config.tie_word_embeddings:
+                raise ValueError(f"--untie-head: the head of {args.model} has weights of its own already; leave the flag out")
+            model = GPT.from_pretrained(args.model, tie_word_embeddings=False)
         if args.lora_r is not None:
             if args.lora_r > model.config.n_embd:
                 raise ValueError(f"--lora-r {args.lora_r}: above the model's width of {model.config.n_embd}")

@@ -288,7 +288,7 @@ def test_odd_data_trains_answers_and_is_scored(world, tmp_path, capsys, records,
     assert attempt(capsys, finetune.main, *flags(world, out, "--data", path, *more))[:2] == (0, "")
     assert len(evaluate.read_records(out / "responses.jsonl")) == len(records) // 10
     code, err, _ = attempt(capsys, evaluate.main, out)
-    if len(records) < 10 or LONG in records:
+    if len(records) < 10:
         assert code == 1 and is_one_line(err) and "mine.json" in err and "test records" in err
     else:
         assert (code, err) == (0, "")
@@ -401,7 +401,12 @@ def test_a_run_serves_as_model_and_a_model_is_no_run(world, tmp_path, capsys):
     assert code == 2 and is_one_line(err) and "lora.py merge" in err
     code, err, _ = train(capsys, world, tmp_path / "c", "--model", world / "lora" / "adapter")
     assert code == 1 and is_one_line(err) and "config.json: no such file" in err
-    for wrong in (world / "model", world / "records.json", world / "nothing", "", "\udcff", "/"):
+    for empty in ([""], [world / "run", "--ask", ""], [world / "run", "--text", ""]):  # from a shell variable that was never set
+        code, err, _ = attempt(capsys, evaluate.main, *empty)
+        assert code == 2 and is_one_line(err) and "must not be empty" in err
+    code, err, _ = attempt(capsys, evaluate.main, world / "run", "--text", world / "nothing")
+    assert code == 1 and is_one_line(err) and "--text " in err and "No such file" in err
+    for wrong in (world / "model", world / "records.json", world / "nothing", "\udcff", "/"):
         code, err, _ = attempt(capsys, evaluate.main, wrong)
         assert code == 1 and is_one_line(err) and "is not a run folder" in err
     assert attempt(capsys, evaluate.main, world / "run", world / "run")[:2] == (0, "")

@@ -670,3 +670,32 @@ def test_unknown_shapes_are_refused():
         data.reshape_example(RECORD, "adaptive")
     with pytest.raises(ValueError, match="unknown"):
         data.reshape_example(RECORD, response="poem")
+
+
+def test_a_system_text_beside_the_conversation_opens_it_as_a_system_message_does(tmp_path):
+    turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
+    for name, record in (("a", {"system": "Be brief.", "conversations": turns}), ("b", {"system": "", "conversations": turns}),
+                         ("c", {"conversations": [{"from": "system", "value": "Be brief."}, *turns]})):
+        (tmp_path / name).write_text(json.dumps([record]))
+    a, b, c = (data.load_examples(tmp_path / name)[0] for name in "abc")
+    assert a == c and a["instruction"] == "Be brief.\n\nhi" and b["instruction"] == "hi"
+    (tmp_path / "d").write_text(json.dumps([{"system": 5, "conversations": turns}]))
+    with pytest.raises(ValueError, match="record 1"):
+        data.load_examples(tmp_path / "d")
+
+
+def test_the_script_cuts_where_the_model_would_and_names_the_fields_that_nothing_uses(tmp_path, capsys):
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps([RECORD | {"output": "word " * 400, "context": "c", "level": 1}, RECORD]))
+    data.main(["--data", str(path)])
+    out = capsys.readouterr().out
+    longest = json.loads((ROOT / "tiny" / "model" / "config.json").read_text())["n_positions"]
+    assert f"2 records, 2 used; template alpaca\ncut after    {longest} ids\nfields that nothing here uses: context\n" in out
+    assert "truncated    1 (first: record 1)" in out
+    with pytest.raises(SystemExit) as error:
+        data.main(["--data", str(path), "--max-length", str(longest + 1)])
+    err = capsys.readouterr().err
+    assert error.value.code == 2 and f"--max-length {longest + 1}: the model takes at most {longest} ids" in err and err.count("\n") == 1
+    assert data.block_size("gpt2-xl") == 1024 and data.block_size(tmp_path) is None
+    (tmp_path / "config.json").write_text("[1]")
+    assert data.block_size(tmp_path) is None

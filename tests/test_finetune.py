@@ -18,6 +18,7 @@ import torch.nn.functional as F
 import data
 import evaluate
 import finetune
+import freeze as freeze_file
 import gpt
 import lora
 from data import encode_examples, load_examples, load_tokenizer, split_examples
@@ -349,7 +350,7 @@ def test_truncated_and_dropped_records_are_counted_and_named(world, tmp_path, ca
     (["--template", "llama"], 2, "--template"),
     (["--model", "no/such/folder"], 1, "no/such/folder"),
     (["--data", "no-such-file.json"], 1, "no-such-file.json"),
-    (["--select", "random"], 2, "--select has no effect without --max-examples"),
+    (["--select", "random"], 2, "--select has no effect without --max-examples"), (["--warmup", 2.5], 2, "--warmup 2.5: must be a number of steps"),
     (["--stages", 3], 2, "--stages has no effect without --curriculum"),
     (["--curriculum", "length", "--stages", 99], 2, "--stages 99"), (["--curriculum", "level"], 1, "record 1 has no number under 'level'"),
     (["--instruction", "long"], 1, "record 1: no text under 'instruction_long'"), (["--response", "rationale"], 1, "'rationale'"),
@@ -831,6 +832,38 @@ def test_on_a_terminal_notes_and_errors_stand_on_lines_of_their_own(world, tmp_p
     lines = [line.rpartition("\r")[2].rstrip() for line in out.split("\n")]
     assert "note     step 1 skipped: loss nan, gradient norm 1.0" in lines
     assert lines[-2].startswith("step 1/3 ") and lines[-1] == "" and err == "error: gone\n"
+
+
+def test_a_run_whose_last_steps_diverged_is_not_saved(world, tmp_path, capsys):
+    assert run(world, tmp_path / "r", "--max-steps", 2, "--lr", 1e30, "--clip", 0, "--no-responses") == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: the validation loss is nan after step 2, nothing is saved") and err.count("\n") == 1
+    assert not (tmp_path / "r" / "model").exists() and not (tmp_path / "r" / "run.json").exists()
+    for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def test_test_prompts_without_room_for_an_answer_are_said_and_the_run_is_scored_without_their_likelihood(world, tmp_path, capsys):
+    records = json.loads((world / "records.json").read_text())
+    for i in (34, 35, 36, 37):
+        records[i]["instruction"] = "long " * 90
+    (tmp_path / "long.json").write_text(json.dumps(records))
+    assert run(world, tmp_path / "r", "--data", tmp_path / "long.json", "--max-steps", 2) == 0
+    assert "note     4 test prompts leave no room for an answer and count as wrong; the first is test record 1\n" in capsys.readouterr().out
+    assert evaluate.main([str(tmp_path / "r"), "--plot"]) == 0
+    assert "of 4 of 4 test records the response is not in response_nll" in capsys.readouterr().out
+    scores = json.loads((tmp_path / "r" / "scores.json").read_text())
+    assert (scores["n"], scores["exact_match"], scores["response_nll"], scores["response_perplexity"]) == (4, 0, None, None)
+
+
+def test_a_head_that_is_untied_already_is_not_untied_again(world, tmp_path, capsys):
+    GPT.from_pretrained(world / "model", tie_word_embeddings=False).save_pretrained(tmp_path / "untied")
+    for file in ("vocab.json", "merges.txt"):
+        shutil.copy(world / "model" / file, tmp_path / "untied")
+    assert run(world, tmp_path / "r", "--model", tmp_path / "untied", "--untie-head") == 2
+    assert freeze_file.main(["--model", str(tmp_path / "untied"), "--untie-head"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and all("--untie-head: the head of" in line and "leave the flag out" in line for line in lines)
 
 
 def test_answers_of_every_shape_are_trained_on_and_scored_on_the_final_answer(world, leveled, tmp_path):
