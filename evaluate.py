@@ -1212,10 +1212,11 @@ def asked_records(folder: Path, info: dict, model, tokenizer) -> list[dict]:
     reshape = lambda part, kind: [reshape_example(e, kind, info["response"]) for e in part]
     if info["instruction"] != "adaptive":
         return reshape(examples, info["instruction"])
-    short, long = (reshape(examples, kind) for kind in INSTRUCTIONS)
+    short = reshape(examples, INSTRUCTIONS[0])
     answers = sorted(read_records(folder / "responses.jsonl"), key=lambda r: r["id"])  # as they came, where it was cut off
     if len(answers) < len(examples):
-        return lengthen(model, tokenizer, info["template"], info["batch_size"], reshape(val, INSTRUCTIONS[0]), short, long)
+        return lengthen(model, tokenizer, info["template"], info["batch_size"], reshape(val, INSTRUCTIONS[0]), short,
+                        reshape(examples, INSTRUCTIONS[1]))
     return [e | {"instruction": r["instruction"]} for e, r in zip(short, answers)]
 
 

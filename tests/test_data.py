@@ -699,3 +699,23 @@ def test_the_script_cuts_where_the_model_would_and_names_the_fields_that_nothing
     assert data.block_size("gpt2-xl") == 1024 and data.block_size(tmp_path) is None
     (tmp_path / "config.json").write_text("[1]")
     assert data.block_size(tmp_path) is None
+
+
+def test_the_script_shows_that_batches_at_random_hold_more_padding(capsys):
+    data.main(["--data", "tiny", "--model", "tiny"])
+    at_random, grouped = (float(line.split()[-1].rstrip("%")) for line in capsys.readouterr().out.splitlines() if line.startswith("padding"))
+    assert at_random > 3 * grouped
+
+
+def test_an_error_about_a_name_with_a_line_break_is_one_line(folder):
+    with pytest.raises(SystemExit, match="error: ab sent.json: no such data") as ended:
+        data.main(["--data", "ab\nsent.json"])
+    assert "\n" not in ended.value.code
+
+
+def test_every_control_token_of_the_tokenizer_is_reported_where_it_is_spelled(tmp_path):
+    write_tokenizer(tmp_path / "a", merges=[])
+    (tmp_path / "a" / "added_tokens.json").write_text(json.dumps({"<|pad|>": 257}))
+    examples = [NO_INPUT, NO_INPUT | {"instruction": "Say <|pad|>."}, NO_INPUT | {"output": "<|pad|>"}, WITH_INPUT | {"input": "<|pad|>"}]
+    encoded, report = encode_examples(examples, load_tokenizer(tmp_path / "a"))
+    assert report["special_text"] == [1, 2, 3] and all(257 not in e.ids for e in encoded)

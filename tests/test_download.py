@@ -466,3 +466,20 @@ def test_the_book_s_records_are_those_whose_sha256_is_written_down(server, tmp_p
     server.files[BOOK] = (SHARED / "instruction-data.json").read_bytes()
     assert load_examples("book") == load_examples(SHARED / "instruction-data.json")
     assert len(load_examples("book")) == data.DATASETS["book"][1] == 1100
+
+
+def test_of_a_file_that_has_become_shorter_meanwhile_nothing_old_stays(server, tmp_path):
+    def behave(handler, body):
+        first = len(handler.server.requests) == 1
+        handler.answer(200, BODY if first else BODY[:1000], sent=200_000 if first else None)
+    assert fetch(server, tmp_path, behave) == BODY[:1000]
+
+
+def test_an_interruption_of_the_data_s_last_step_leaves_no_file(sets, tmp_path, monkeypatch):
+    def interrupt(source, target):
+        assert Path(source).read_bytes() == sets.files[BOOK] and not Path(target).exists()
+        raise KeyboardInterrupt
+    monkeypatch.setattr(data.os, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        data_file("book")
+    assert not list((tmp_path / "home").rglob("*.*"))

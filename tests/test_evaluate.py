@@ -1384,3 +1384,120 @@ def test_of_a_worked_solution_the_final_answer_is_what_must_match():
     assert not E.exact_match("Answer: 5", "5")
     recipe = "Beat them.\n#### Steps\nBake."  # a heading, not the mark of a worked solution
     assert E.exact_match(recipe, recipe) and not E.exact_match("Bananas.\n#### Steps\nBake.", recipe)
+
+
+def test_adaptive_instructions_are_read_by_id_also_from_a_file_in_the_order_of_answering(tmp_path):
+    (tmp_path / "d.json").write_text(json.dumps([example(i) for i in range(20)]))
+    E.write_records(tmp_path / "responses.jsonl", [{"id": i, "instruction": f"asked {i}"} for i in (1, 0)])
+    from finetune import sha256
+    info = {"data": tmp_path / "d.json", "sha256": sha256(tmp_path / "d.json"), "instruction": "adaptive", "response": None}
+    assert [(r["instruction"], r["output"]) for r in E.asked_records(tmp_path, info, None, None)] == [("asked 0", "answer 17"), ("asked 1", "answer 18")]
+
+
+def test_a_pairwise_comparison_is_told_by_how_many_words_the_second_answer_is_longer(tmp_path, monkeypatch):
+    first, second = (E.Run(tmp_path / name, [example(0, id=0, model_response=text)], {}, {}) for name, text in (("a", "one"), ("b", "one two three")))
+    monkeypatch.setattr(E, "judge_all", lambda *args: [])
+    monkeypatch.setattr(E, "pairwise_report", lambda records, longer: longer)
+    judge = SimpleNamespace(slug="j", settings={})
+    assert E.judge_pairs(first, second, judge) == [2] and E.judge_pairs(second, first, judge) == [-2]
+
+
+def test_an_answer_to_ask_ends_at_the_end_token(tmp_path, monkeypatch, capsys):
+    import gpt
+    tokenizer = SimpleNamespace(encode_ordinary=lambda text: [1, 2], eot_token=9, n_vocab=10, decode=Letters().decode)
+    monkeypatch.setattr(E, "run_info", lambda folder: {"template": "plain"})
+    monkeypatch.setattr(E, "load_model", lambda *args: (SimpleNamespace(config=SimpleNamespace(block_size=8)), tokenizer))
+    ends = []
+    monkeypatch.setattr(gpt, "generate", lambda model, prompts, limit, eos_id=None: ends.append((prompts, limit, eos_id)) or [[0, 1]])
+    E.ask(tmp_path, "Say ab.", "cpu")
+    assert ends == [([[1, 2]], 8, 9)] and capsys.readouterr().out == "ab\n"
+
+
+def test_a_perplexity_too_large_for_a_float_ends_no_evaluation(real_run, monkeypatch, capsys):
+    monkeypatch.setattr(E, "response_nll", lambda *args: (8000.0, 10))
+    assert E.main([str(real_run / "run")]) == 0
+    assert scores(real_run / "run")["response_nll"] == 800 and math.isfinite(scores(real_run / "run")["response_perplexity"])
+
+
+def test_a_constant_second_side_has_no_correlation_either():
+    assert [f([1, 2, 3], [1, 1, 1]) for f in (E.pearson, E.spearman, E.kendall_tau_b)] == [None] * 3
+
+
+def test_a_key_that_json_must_escape_is_in_no_error(server):
+    key = 'abc"def\\ghi'
+    server.reply = lambda path, body, headers: (401, {}, json.dumps({"error": f"wrong {headers['Authorization']}"}))
+    with pytest.raises(E.JudgeError, match=r"wrong Bearer \*\*\*") as error:
+        E.post_json(server.url, {}, key)
+    assert "def" not in str(error.value)
+
+
+def test_of_a_reply_without_end_only_four_mebibytes_are_read(server, no_sleep):
+    server.reply = lambda *a: (200, {}, json.dumps({"message": {"content": "x" * 2**22}}))
+    with pytest.raises(E.JudgeError, match="answered 200: "):
+        E.post_json(server.url, {})
+
+
+def test_a_long_wait_asked_for_beside_a_refused_question_is_no_reason_to_end(server, no_sleep):
+    server.reply = lambda *a: (400, {"Retry-After": "3600"}, "bad thing")
+    with pytest.raises(E.JudgeError, match="400: bad thing$") as error:
+        E.post_json(server.url, {})
+    assert not error.value.fatal and len(server.requests) == 1
+
+
+def test_a_server_that_takes_no_post_ends_the_run(server, no_sleep):
+    server.reply = lambda *a: (405, {}, "Method Not Allowed")
+    with pytest.raises(E.JudgeError, match="405: Method") as error:
+        E.post_json(server.url, {})
+    assert error.value.fatal and len(server.requests) == 1
+
+
+@pytest.mark.parametrize("verdicts, winner", [((a, b), {"AB": "first", "BA": "second"}.get(a + b, "tie")) for a in "ABC" for b in "ABC"])
+def test_all_nine_pairs_of_verdicts_make_the_winner_that_both_orders_name(verdicts, winner):
+    said = iter(verdicts)
+    judge = SimpleNamespace(verdict=lambda *texts: (next(said), "reply"))
+    assert E.compare_answers(judge, "q", "r", "x", "y")["winner"] == winner
+
+
+def test_the_length_adjusted_score_pairs_each_score_with_the_length_of_its_own_answer():
+    responses = [example(i, id=i, output="one two", model_response=" ".join(["w"] * (i + 1))) for i in range(10)]
+    values = {E.example_key(r): 10.0 * (r["id"] + 1) for r in responses[3:] if r["id"] != 6}  # the others were not scored
+    assert E.judge_report(values, responses)["length_adjusted"] == pytest.approx(20)
+
+
+def test_blank_lines_after_the_final_answer_do_not_hide_it():
+    assert E.exact_match("Because.\nAnswer: 5\n\n", "So.\nAnswer: 5") and E.exact_match("Because.\n#### 5", "So.\n#### 5 \n")
+
+
+def test_the_words_of_two_unicode_forms_are_the_same():
+    assert E.token_f1("caf\u00e9 noir", "cafe\u0301 noir") == E.rouge_l("caf\u00e9", "cafe\u0301") == 1
+
+
+def test_the_length_controlled_win_rate_of_few_answers_is_stationary_too():
+    wins, longer = [0.0, 1.0, 1.0, 0.5], [-4, 1, 9, 3]
+    rate, _ = E.length_controlled_win_rate(wins, longer)
+    x, y, w = torch.tanh(torch.tensor(longer) / statistics.pstdev(longer)).double(), torch.tensor(wins).double(), torch.zeros(2).double()
+    for _ in range(20_000):  # plain gradient descent
+        p = torch.sigmoid(w[0] + w[1] * x)
+        w = w + 0.5 * (torch.stack([(y - p).sum(), ((y - p) * x).sum()]) - 0.01 * w)
+    assert rate == pytest.approx(torch.sigmoid(w[0]).item(), abs=1e-5)
+
+
+def test_records_are_on_the_disk_before_they_replace_older_ones(tmp_path, monkeypatch):
+    path, synced, true = tmp_path / "r.jsonl", [], os.fsync
+    E.write_records(path, [{"a": 1}])
+    def replace(source, target):
+        assert os.stat(source).st_ino in synced
+        raise OSError("the power fails")
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (synced.append(os.fstat(descriptor).st_ino), true(descriptor)))
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(OSError, match="the power fails"):
+        E.write_records(path, [{"a": 2}])
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("r.jsonl", '{"a": 1}\n')]
+
+
+def test_a_broken_last_line_that_has_its_newline_is_not_torn_but_wrong(tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_text('{"a": 1}\n{"b": \n')
+    with pytest.raises(ValueError, match="r.jsonl, line 2: "):
+        E.read_records(path)
+    assert path.read_text() == '{"a": 1}\n{"b": \n'

@@ -945,3 +945,119 @@ def test_an_overwrite_that_was_interrupted_can_be_repeated(world, tmp_path, monk
         assert run(world, tmp_path / "r", *flags, "--overwrite") == 130
     assert (tmp_path / "r" / "model").exists() and not (tmp_path / "r" / "run.json").exists()
     assert run(world, tmp_path / "r", *flags, "--overwrite") == 0
+
+
+def test_the_training_loss_of_a_run_is_the_mean_of_its_last_steps_not_of_all(world, tmp_path):
+    assert run(world, tmp_path / "r", "--epochs", 2, "--eval-every", 3, "--no-responses") == 0
+    figures, every = json.loads((tmp_path / "r" / "run.json").read_text())["train"], losses(tmp_path / "r")
+    assert len(every) == 10 and figures["train_loss"] == pytest.approx(sum(every[-3:]) / 3, rel=1e-6)
+
+
+def test_a_resumed_run_counts_the_checks_that_passed_before_it_was_stopped(world, interrupted):
+    assert run(world, interrupted, "--epochs", 2, "--no-responses", "--resume") == 0
+    checks = json.loads((interrupted / "run.json").read_text())["freeze"]["checks"]
+    assert checks["check_gradients"] == 2  # in steps 1 and 2, before the stop after step 7
+    assert checks["check_optimizer"] == 4  # before training, twice; of the loaded state; at the end
+
+
+def test_each_process_draws_dropout_masks_of_its_own_in_each_step(world, tmp_path, monkeypatch):
+    seeds, true = [], finetune.join_processes
+    for rank in (0, 1):
+        with monkeypatch.context() as patch:
+            patch.setattr(finetune, "join_processes", lambda args: true(args)._replace(rank=rank, world=2))
+            patch.setattr(torch, "manual_seed", seeds.append)
+            assert run(world, tmp_path / str(rank), "--batch-size", 1, "--max-steps", 3, "--no-responses") == 0
+    assert seeds[0] == seeds[4] == 123 and len(set(seeds)) == 7  # that of new adapters is the same for all
+
+
+def test_no_checkpoint_is_written_of_a_model_whose_frozen_weights_have_moved(world, tmp_path, monkeypatch, capsys):
+    true = finetune.take_step
+    def moved(model, plan, *rest):
+        with torch.no_grad():
+            model.wpe.weight[3, 3] += 1e-3
+        return true(model, plan, *rest)
+    monkeypatch.setattr(finetune, "take_step", moved)
+    assert run(world, tmp_path / "r", "--trainable", "last_block", "--checkpoint-every", 2, "--no-responses") == 1
+    assert "freeze proof broken: frozen, but changed: wpe.weight" in capsys.readouterr().err
+    assert not (tmp_path / "r" / "checkpoints").exists()
+
+
+def test_a_step_whose_gradient_alone_is_infinite_moves_nothing(world, tmp_path, monkeypatch, capsys):
+    calls, true = [], finetune.gradients
+    def overflowing(model, *args):
+        loss = true(model, *args)
+        calls.append(loss)
+        if len(calls) == 3:
+            model.h[1].mlp.c_fc.bias.grad[0] = math.inf
+        return loss
+    monkeypatch.setattr(finetune, "gradients", overflowing)
+    assert run(world, tmp_path / "r", "--max-steps", 5, "--no-responses") == 0
+    assert re.search(r"step 3 skipped: loss \d\.\d+, gradient norm inf", capsys.readouterr().out)
+    assert json.loads((tmp_path / "r" / "run.json").read_text())["train"]["skipped_steps"] == 1
+    assert all(torch.isfinite(t).all() for t in weights(tmp_path / "r").values())
+
+
+def test_five_skipped_steps_that_are_not_in_a_row_do_not_end_the_run(world, tmp_path, monkeypatch):
+    plant_nan(monkeypatch, {2, 4, 6, 8, 10})
+    assert run(world, tmp_path / "r", "--epochs", 3, "--max-steps", 11, "--no-responses") == 0
+    assert json.loads((tmp_path / "r" / "run.json").read_text())["train"]["skipped_steps"] == 5
+
+
+def test_the_long_instruction_is_asked_only_above_the_75th_percentile_of_the_validation_records(monkeypatch):
+    space = lambda **names: type("Space", (), names)
+    monkeypatch.setattr(finetune, "encode_prompts", lambda tokenizer, examples, template: [[e] for e in examples])
+    monkeypatch.setattr(finetune, "first_token_entropies", lambda model, prompts, batch_size: [p[0] for p in prompts])
+    model = space(config=space(block_size=9))
+    assert finetune.lengthen(model, None, "alpaca", 2, [7, 0, 3, 1, 6, 2, 5, 4], [5, 6, 6.5, 9], ["a", "b", "c", "d"]) == [5, 6, "c", "d"]
+
+
+def test_a_right_answer_that_never_ended_is_not_exactly_right_in_run_json(world, tmp_path, monkeypatch):
+    answers = lambda model, tokenizer, examples, *_, **more: [
+        {**e, "id": i, "model_response": e["output"], "ended": i > 0} for i, e in enumerate(examples)]
+    monkeypatch.setattr(finetune, "generate_responses", answers)
+    assert run(world, tmp_path / "r", "--max-steps", 2) == 0
+    assert json.loads((tmp_path / "r" / "run.json").read_text())["train"]["exact_match"] == 3 / 4
+
+
+def test_a_validation_record_that_is_cut_counts_as_truncated(world, tmp_path):
+    records = json.loads((world / "records.json").read_text())
+    records[38]["output"] = "x" * 400  # 34 train, 4 test, the last two validate
+    (tmp_path / "d.json").write_text(json.dumps(records))
+    assert run(world, tmp_path / "r", "--data", tmp_path / "d.json", "--max-steps", 2, "--no-responses") == 0
+    account = json.loads((tmp_path / "r" / "run.json").read_text())["data"]
+    assert (account["truncated"], account["dropped"], account["used"]) == (1, 0, 36)
+
+
+def test_what_is_selected_or_repeated_by_chance_depends_on_the_seed():
+    encoded = [data.Encoded(list(range(9)), 3)] * 30
+    selected = [data.select_examples(encoded, "random", 5, seed, None) for seed in (0, 1, 0)]
+    repeated = [data.split_stages(list(range(60)), 3, False, seed)[2][20:] for seed in (0, 1, 0)]
+    for drawn in (selected, repeated):
+        assert drawn[0] == drawn[2] != drawn[1]
+    assert repeated[0] != [0, 1, 2, 3]  # not the easiest ones
+
+
+def test_what_had_its_turn_only_before_the_stop_is_known_after_a_resume(world, tmp_path, monkeypatch):
+    flags = ["--trainable", "lisa:1@2", "--max-steps", 6, "--epochs", 3, "--seed", 120, "--no-responses"]  # draws one block, then twice the other
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        assert run(world, tmp_path / "r", *flags) == 143
+    assert run(world, tmp_path / "r", *flags, "--resume") == 0
+    changed = json.loads((tmp_path / "r" / "run.json").read_text())["freeze"]["changed"]
+    assert {name.split(".")[1] for name in changed if name.startswith("h.")} == {"0", "1"}
+
+
+def test_the_speed_of_a_run_is_without_the_time_of_its_validations(world, tmp_path, monkeypatch):
+    true = finetune.mean_loss
+    monkeypatch.setattr(finetune, "mean_loss", lambda *args: finetune.time.sleep(0.5) or true(*args))
+    assert run(world, tmp_path / "r", "--max-steps", 4, "--eval-every", 1, "--no-responses") == 0
+    figures, tokens = json.loads((tmp_path / "r" / "run.json").read_text())["train"], metrics(tmp_path / "r")[-1]["tokens"]
+    assert figures["seconds"] > 1.5 and tokens / figures["tokens_per_second"] <= figures["seconds"] - 1.4
+
+
+def test_a_short_validation_takes_batches_of_all_lengths(world):
+    model, tokenizer = GPT.from_pretrained(world / "model"), load_tokenizer(world / "model")
+    encoded = sorted(encode_examples(load_examples(world / "records.json")[:5], tokenizer)[0], key=lambda e: len(e.ids))
+    of = lambda part, **more: finetune.mean_loss(model, part, 1, "response", CPU, **more)
+    assert of(encoded, limit=2) == of([encoded[0], encoded[3]])
+    assert of(encoded, limit=3) == of(encoded[::2]) and of(encoded, limit=99) == of(encoded)

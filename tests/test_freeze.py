@@ -1573,3 +1573,47 @@ def test_a_wrong_flag_of_the_script_is_one_line_and_exit_code_2(capsys, flags):
         code = stop.code
     error = capsys.readouterr().err
     assert (code, error.count("\n")) == (2, 1) and error.startswith("error: ")
+
+
+def test_a_view_with_gaps_shares_memory_with_what_lies_at_its_far_end():
+    model, flat = nn.Module(), torch.randn(12)
+    model.p0, model.p1, model.p2 = (nn.Parameter(view) for view in (flat[::2], flat[10:11], flat[11:]))
+    with pytest.raises(ValueError, match="p0, p1"):
+        resolve(model, "p0*")
+    assert resolve(model, "p2*") == {"p2"}
+
+
+def test_noise_reaches_less_far_in_a_matrix_that_is_not_square():
+    s = torch.tensor([9.0, 3.0, 2.0, 1.0, 0.0])  # sigma = 2 / 1.349; 5 x 20: the threshold is 1.5 sigma = 2.224
+    assert signal_to_noise(F.pad(s.diag(), (0, 15))) == pytest.approx(12 / 3 / 9, rel=1e-5)
+    s[2] = 2.3  # sigma stays: now above the threshold
+    assert signal_to_noise(F.pad(s.diag(), (0, 15))) == pytest.approx(14.3 / 1 / 9, rel=1e-5)
+
+
+def test_every_matrix_of_a_block_has_its_rank_among_those_of_its_kind():
+    model = small()
+    of = {m: [signal_to_noise(h.get_submodule(m).weight) for h in model.h] for m in MATRICES}
+    expected = [sum(sum(other < of[m][i] for other in of[m]) for m in MATRICES) / 4 for i in range(3)]
+    assert spectrum_ranks(model) == expected and len(set(expected)) > 1
+
+
+def test_of_two_adapters_on_a_matrix_the_higher_rank_is_what_can_be_expressed():
+    batches, model = some_batches(2), small(lora_r=3)
+    add_lora(model, r=1, name="other")
+    assert rank_shortfalls(model, batches) == pytest.approx(rank_shortfalls(small(lora_r=3), batches), rel=1e-5)
+
+
+@pytest.mark.parametrize("module", [nn.Dropout(0.1), nn.Dropout1d(0.1), nn.AlphaDropout(0.1), nn.TransformerEncoderLayer(4, 1, dropout=0.1).self_attn])
+def test_every_kind_of_dropout_is_known(module):
+    assert freeze_file.has_dropout(module) and not freeze_file.has_dropout(nn.Linear(2, 2))
+    for rate in ("p", "dropout"):
+        if isinstance(getattr(module, rate, None), float):
+            setattr(module, rate, 0.0)
+    assert not freeze_file.has_dropout(module)
+
+
+def test_the_summary_counts_two_moments_for_what_trains():
+    plan = freeze(small(n_embd=256, n_layer=2), "last_block")
+    sizes = [4 * sum(plan.named[n].numel() for n in names) / 1e6 for names in (plan.named, plan.trainable)]
+    assert (f"memory: weights {sizes[0]:.1f} MB, gradients {sizes[1]:.1f} MB, AdamW state {2 * sizes[1]:.1f} MB "
+            f"(all: {sizes[0]:.1f} and {2 * sizes[0]:.1f})") in plan.summary().splitlines()

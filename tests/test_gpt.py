@@ -483,3 +483,53 @@ def test_each_file_can_be_copied_alone(tmp_path, name):
     shutil.copy(ROOT / f"{name}.py", tmp_path)
     result = subprocess.run([sys.executable, "-c", f"import {name}"], cwd=tmp_path, capture_output=True, text=True)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_a_config_without_dropout_means_gpt2_s_own(folder):
+    path = folder / "config.json"
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if not key.endswith("_pdrop")}))
+    assert GPT.from_pretrained(folder).config.dropout == 0.1 and GPT.from_pretrained(folder, dropout=0.0).config.dropout == 0
+    edit_config(folder, attn_pdrop=0.2)
+    with pytest.raises(ValueError, match="differ: give one dropout"):
+        GPT.from_pretrained(folder)
+
+
+def test_the_end_token_in_the_config_is_the_last_id_or_the_one_given_also_if_that_is_0(model, tmp_path):
+    for given, written in ((None, 60), (5, 5), (0, 0)):
+        model.save_pretrained(tmp_path / str(given), eos_id=given)
+        config = json.loads((tmp_path / str(given) / "config.json").read_text())
+        assert config["eos_token_id"] == config["bos_token_id"] == written
+
+
+def test_top_p_takes_nothing_beyond_the_token_with_which_p_is_reached():
+    u = (torch.arange(100) + 0.5) / 100
+    assert len(set(sample(torch.zeros(100, 4), 1.0, None, 0.5, u).tolist())) == 2  # each has exactly a quarter
+    assert len(set(sample(torch.zeros(100, 4), 1.0, None, 0.51, u).tolist())) == 3
+
+
+@pytest.mark.parametrize("site", ["drop", "attn", "attn.resid_dropout", "mlp.dropout"])
+def test_dropout_acts_at_each_of_its_four_places(model, site):
+    model.train()
+    block = model.h[1]
+    if site == "attn":
+        block.attn.dropout = 0.5  # on the probabilities
+    else:
+        (model.drop if site == "drop" else block.get_submodule(site)).p = 0.5
+    x = ids(2, 8)
+    assert not torch.equal(model(x), model(x))
+    same = torch.equal(model.hidden_states(x, 1), model.hidden_states(x, 1))  # what enters block 1
+    assert same == (site != "drop")
+
+
+def test_new_weights_have_gpt2_s_spread_and_those_that_write_to_the_residual_stream_less():
+    torch.manual_seed(0)
+    for name, p in GPT(GPTConfig(vocab_size=300, block_size=64, n_layer=8, n_head=2, n_embd=64)).named_parameters():
+        if p.dim() == 2:
+            assert p.std().item() == pytest.approx(0.02 / (4 if name.endswith("c_proj.weight") else 1), rel=0.1), name
+        else:
+            assert torch.equal(p, torch.full_like(p, float(name.endswith("weight")))), name
+
+
+def test_a_cache_longer_than_the_block_does_not_make_room(model):
+    with pytest.raises(ValueError, match="25 positions do not fit into 24"):
+        model.features(ids(1, 25), KVCache(TINY, 1, 99))

@@ -889,3 +889,26 @@ def test_a_reader_that_stops_early_sees_no_traceback(two):
                           stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr and done.returncode == 0
+
+
+def test_a_pattern_of_a_rank_begins_at_a_dot(model, tmp_path):
+    save_lora(trained(model), tmp_path / "a")
+    before = read_adapter(tmp_path / "a")[1]
+    edit(tmp_path / "a", {"rank_pattern": {"proj": 99}, "alpha_pattern": {"fc": 99.0, "mlp.c_fc": 12}})
+    after = read_adapter(tmp_path / "a")[1]
+    assert {n: (c.r, c.alpha) for n, (c, _, _) in after.items()} == {n: (c.r, 12 if "c_fc" in n else c.alpha) for n, (c, _, _) in before.items()}
+
+
+@pytest.mark.parametrize("given, written", [(7, 7), ([7, 8], 60), (None, 60)])
+def test_a_merged_model_keeps_the_end_token_of_its_base(two, given, written):
+    random_model().save_pretrained(two / "base")
+    path = two / "base" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": given}))
+    assert main(["merge", "--base", str(two / "base"), "--adapter", str(two / "a"), "--out", str(two / "out")]) == 0
+    assert json.loads((two / "out" / "config.json").read_text())["eos_token_id"] == written
+
+
+def test_show_lists_block_10_after_block_9(tmp_path, capsys):
+    save_lora(trained(random_model(replace(TINY, n_layer=11)), targets="c_fc"), tmp_path / "a")
+    assert main(["show", str(tmp_path / "a")]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[5:]] == [f"h.{i}.mlp.c_fc" for i in range(11)]

@@ -373,3 +373,10 @@ def test_a_disk_that_fills_up_is_one_line_with_the_path_and_leaves_the_checkpoin
         monkeypatch.setattr(finetune, moment, true)
         assert run(world, out, "--max-steps", 3, "--checkpoint-every", 1, "--resume") == 0
         assert [m["step"] for m in metrics(out)] == [0, 1, 2, 3, 3]
+
+
+def test_a_resume_with_another_number_of_processes_is_refused(world, half, monkeypatch, capsys):
+    true = finetune.join_processes
+    monkeypatch.setattr(finetune, "join_processes", lambda args: true(args)._replace(world=2))
+    assert run(world, half, *QUICK, "--keep", 9, "--resume") == 1
+    assert "processes was 1, is 2" in capsys.readouterr().err
