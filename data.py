@@ -622,7 +622,7 @@ def describe(args):
     except ValueError as error:
         raise ValueError(f"{args.data}: {error}; raise --max-length if it is below what the model takes") from None
     print(f"{len(examples)} records, {len(encoded)} used; template {args.template}")
-    print(f"{'cut after':12s} {f'{longest} ids' if longest else 'none'}")
+    print(f"{'cut after':12s} {longest} ids" if longest else "not cut")
     known = {"instruction", "input", "output", "level", "task", "instruction_long", "rationale", "draft"}
     if ignored := sorted(set().union(*examples) - known):
         print(f"fields that nothing here uses: {', '.join(ignored)}")
