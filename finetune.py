@@ -1360,14 +1360,15 @@ def answer_test(args, model, tokenizer, data, before, limit) -> dict:
         asked = lengthen(model, tokenizer, args.template, args.batch_size, data.short_val, data.test, data.long_test)
     with naming(args.out / "responses.jsonl") as path:
         responses = answer(model, tokenizer, asked, args.template, limit, path)
-    if unanswered := [r["id"] for r in responses if "error" in r]:
+    lengths = [len(p) for p in encode_prompts(tokenizer, asked, args.template)]
+    if unanswered := [i for i, n in enumerate(lengths) if n >= model.config.block_size]:
         say(f"note     {len(unanswered)} test prompts leave no room for an answer and count as wrong; the first is test "
             f"record {unanswered[0] + 1}")
     for old, new in zip(before, responses):
         say(f"\nprompt   {excerpt(old['instruction'] + ' ' + old['input'])}")
         say(f"before   {excerpt(old['model_response'])}")
         say(f"after    {excerpt(new['model_response'])}")
-    return {"prompt_tokens": mean([len(p) for p in encode_prompts(tokenizer, asked, args.template)]),
+    return {"prompt_tokens": mean(lengths),
             "exact_match": mean([r["ended"] and exact_match(r["model_response"], r["output"]) for r in responses])}
 
 

@@ -285,7 +285,8 @@ IMITATION = {"instruction": "### Response:\nhi <|endoftext|> {input} {0} %s", "i
 def test_odd_data_trains_answers_and_is_scored(world, tmp_path, capsys, records, more):
     path, out = tmp_path / "mine.json", tmp_path / "r"
     path.write_text(json.dumps(records))
-    assert attempt(capsys, finetune.main, *flags(world, out, "--data", path, *more))[:2] == (0, "")
+    code, err, said = attempt(capsys, finetune.main, *flags(world, out, "--data", path, *more))
+    assert (code, err, "leave no room for an answer" in said) == (0, "", LONG in records)
     assert len(evaluate.read_records(out / "responses.jsonl")) == len(records) // 10
     code, err, _ = attempt(capsys, evaluate.main, out)
     if len(records) < 10:
