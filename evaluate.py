@@ -1081,11 +1081,11 @@ def judge_url(text: str) -> str:
 LINES = "\n"  # --ask without a text: each line of the standard input
 
 
-def given_path(text: str) -> Path:
-    """An argparse type. Empty, from a shell variable that was never set, it would be the working directory."""
+def nonempty(text: str) -> str:
+    """An argparse type. Empty, from a shell variable that was never set, a path would be the working directory."""
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
-    return Path(text)
+    return text
 
 
 def parse_args(argv=None):
@@ -1093,10 +1093,11 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Score finetuned runs, compare them, or talk to one.")
     parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
     add = parser.add_argument
-    add("runs", nargs="+", type=given_path, metavar="RUN",
+    path = lambda text: Path(nonempty(text))
+    add("runs", nargs="+", type=path, metavar="RUN",
         help="run folders of finetune.py; the later ones are compared with the first")
-    add("--ask", nargs="?", const=LINES, metavar="TEXT", help="answer this instruction; alone: each line typed")
-    add("--text", type=given_path, metavar="FILE", help="plain text on which forgetting is measured (default: for the model "
+    add("--ask", nargs="?", type=nonempty, const=LINES, metavar="TEXT", help="answer this instruction; alone: each line typed")
+    add("--text", type=path, metavar="FILE", help="plain text on which forgetting is measured (default: for the model "
         "tiny, its embedded held-out text)")
     add("--markdown", action="store_true", help="print the tables as Markdown")
     add("--plot", action="store_true", help="draw losses, scores and forgetting into compare.png in the first "
@@ -1106,7 +1107,7 @@ def parse_args(argv=None):
     add("--judge", default="none", metavar="JUDGE", help="none, ollama:MODEL, openai:MODEL, model:FOLDER")
     add("--judge-url", type=judge_url, metavar="URL",
         help=f"the server (default: {SERVERS['ollama']} or {SERVERS['openai']})")
-    add("--judge-key-env", metavar="NAME", help="environment variable with the server's key (default: OPENAI_API_KEY "
+    add("--judge-key-env", type=nonempty, metavar="NAME", help="environment variable with the server's key (default: OPENAI_API_KEY "
         "for openai:, sent only over https or to this machine)")
     add("--judge-timeout", type=float, metavar="SECONDS", help="how long to wait for a reply (default: 120)")
     add("--pairwise", action="store_true", help="let the judge compare each run with the first, in both orders")
@@ -1115,10 +1116,6 @@ def parse_args(argv=None):
     kind, _, model = args.judge.partition(":")
     if args.judge != "none" and not (model and kind in (*SERVERS, "model")):
         parser.error(f"--judge {args.judge}: none, ollama:MODEL, openai:MODEL or model:FOLDER")
-    if args.ask == "":
-        parser.error("--ask: must not be empty")
-    if args.judge_key_env == "":  # from a shell variable that was never set
-        parser.error("--judge-key-env: must not be empty")
     if kind not in SERVERS and (args.judge_url or args.judge_key_env or args.judge_timeout is not None):
         parser.error(f"--judge-url, --judge-key-env and --judge-timeout have no effect with --judge {args.judge}")
     if args.pairwise and (args.judge == "none" or len(args.runs) < 2):
@@ -1314,9 +1311,8 @@ def say(text: str) -> None:
         raise type(error)(error.errno, error.strerror, "standard output") from None
 
 
-def evaluate(args) -> int:
-    """Score, judge, compare, print; returns the exit code. Each scores.json is written before a judge is asked, and again
-    afterwards."""
+def evaluate(args) -> None:
+    """Score, judge, compare, print. Each scores.json is written before a judge is asked, and again afterwards."""
     from gpt import write_json
 
     judge = make_judge(args)
@@ -1336,7 +1332,6 @@ def evaluate(args) -> int:
         name = f"judge-{judge.slug}.jsonl"
         if not run.report["judges"][name]["n_scored"]:
             raise JudgeError(f"{args.judge} gave no score that can be read; its replies are in {run.folder / name}")
-    return 0
 
 
 def ask(folder: Path, text: str, device: str) -> int:
@@ -1344,22 +1339,22 @@ def ask(folder: Path, text: str, device: str) -> int:
     from data import format_prompt
     from gpt import generate
 
-    template, unanswered = run_info(folder)["template"], 0
+    template, code = run_info(folder)["template"], 0
     model, tokenizer = load_model(str(folder), device)
     while True:
         try:
             instruction = text if text != LINES else input("> " if sys.stdin and sys.stdin.isatty() else "")
         except (EOFError, RuntimeError):  # a standard input that is closed is a RuntimeError
-            return 1 if unanswered else 0
+            return code
         prompt = tokenizer.encode_ordinary(format_prompt({"instruction": instruction, "input": ""}, template))
         try:
             answer = generate(model, [prompt], model.config.block_size, eos_id=tokenizer.eot_token)[0]
             say(decode(tokenizer, answer).strip())
         except ValueError as error:  # too long: the next line may do
             print(f"error: {error}", file=sys.stderr)
-            unanswered += 1
+            code = 1
         if text != LINES:
-            return 1 if unanswered else 0
+            return code
 
 
 def main(argv=None) -> int:
@@ -1370,7 +1365,10 @@ def main(argv=None) -> int:
     keep_memory()
     try:
         with multiply_with_onednn():
-            return evaluate(args) if args.ask is None else ask(args.runs[0], args.ask, args.device)
+            if args.ask is not None:
+                return ask(args.runs[0], args.ask, args.device)
+            evaluate(args)
+        return 0
     except BrokenPipeError:  # the reader has gone (`| head`); scores.json holds everything
         return 0
     except KeyboardInterrupt:

@@ -1103,8 +1103,9 @@ def draw_losses(out: Path) -> str:
     axes = figure.add_subplot(title=drawable(out.name))
     plot_losses(axes, metrics)
     axes.legend()
-    figure.savefig(out / "loss.png", dpi=150)
-    return f"{out / 'loss.png'}"
+    with naming(out / "loss.png") as path:
+        figure.savefig(path, dpi=150)
+    return str(path)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1158,16 +1159,18 @@ def train(args, machine, model, plan, optimizer, data, state, signals, save_stat
     warmup = round(args.warmup if args.warmup >= 1 else args.warmup * total)
     eval_every = args.eval_every or max(1, total // 10)
     validate = lambda limit: mean_loss(model, data.val, args.batch_size, args.loss_on, machine, limit, data.prefix)
-    finite = lambda value: value if math.isfinite(value) else None  # JSON has no NaN
 
     def log(**figures):
         if machine.rank == 0:
+            for key, value in figures.items():
+                if isinstance(value, float) and not math.isfinite(value):
+                    figures[key] = None  # JSON has no NaN
             with naming(args.out / "metrics.jsonl") as path, open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state["step"]} | figures) + "\n")
 
     val_loss = validate(args.eval_batches)
     if state["step"] == 0:
-        log(epoch=0, train_loss=None, val_loss=finite(val_loss), lr=0.0, tokens=0)
+        log(epoch=0, train_loss=None, val_loss=val_loss, lr=0.0, tokens=0)
     status(f"step {state['step']}/{total}  val loss {val_loss:.3f}", keep=True)
     begin, before, tokens_before, validating = time.perf_counter(), state["seconds"], state["tokens"], 0.0
     for step, (epoch, indices) in enumerate(itertools.islice(order, total)):
@@ -1205,8 +1208,8 @@ def train(args, machine, model, plan, optimizer, data, state, signals, save_stat
             validating += time.perf_counter() - pause
         seconds = time.perf_counter() - begin
         state["seconds"], state["rate"] = before + seconds, (state["tokens"] - tokens_before) / (seconds - validating)
-        log(epoch=epoch + 1, train_loss=finite(loss), val_loss=finite(val_loss) if due else None,
-            lr=args.lr * share, grad_norm=finite(norm), tokens=state["tokens"],
+        log(epoch=epoch + 1, train_loss=loss, val_loss=val_loss if due else None,
+            lr=args.lr * share, grad_norm=norm, tokens=state["tokens"],
             seconds=round(state["seconds"], 3), records=[data.positions[i] for i in indices])
         status(f"step {step}/{total}  epoch {epoch + 1}  train loss {mean(state['recent']):.3f}  val loss {val_loss:.3f}  "
                f"{state['rate']:,.0f} tok/s  ETA {minutes(state['seconds'] / step * (total - step))}", keep=due or last)
@@ -1219,7 +1222,7 @@ def train(args, machine, model, plan, optimizer, data, state, signals, save_stat
         if stop:
             return {"stopped": stop}
     val_loss = validate(None)
-    log(epoch=epoch + 1, train_loss=None, val_loss=finite(val_loss), lr=0.0, tokens=state["tokens"])
+    log(epoch=epoch + 1, train_loss=None, val_loss=val_loss, lr=0.0, tokens=state["tokens"])
     return {"steps": state["step"], "train_loss": mean(state["recent"]), "val_loss": val_loss,
             "seconds": round(state["seconds"], 3), "tokens_per_second": round(state["rate"], 1),
             "skipped_steps": state["step"] - state["taken"]}
