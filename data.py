@@ -1,14 +1,11 @@
-"""Instruction data: records, prompt templates, batches, the tokenizer.
+"""Instruction data: records, prompts, batches, the tokenizer.
 
 A record becomes prompt ids + response ids + the end token. Prompt and response are tokenized
-apart, so the border between them is exact, and the prompt in training is, byte for byte, the
-prompt in generation. Text never becomes a control token; code alone adds the end token.
+apart: the border between them is exact, and the training prompt is, byte for byte, the prompt in
+generation. Text never becomes a control token; code alone adds the end token. Checked against
+transformers' GPT-2 tokenizer, and the batches and the split of Raschka's book, chapter 7.
 
-Checked in tests/test_data.py against transformers' GPT-2 tokenizer and against the batches and
-the split of "Build a Large Language Model (From Scratch)", chapter 7.
-
-    python data.py --data tiny --model tiny     # lengths, truncation, padding, one example
-    python data.py --data book --model gpt2     # the book's records, downloaded the first time
+    python data.py --data tiny --model tiny
 """
 
 import argparse
@@ -16,26 +13,17 @@ import hashlib
 import json
 import os
 import random
-import re
-import shutil
 import sys
-import urllib.request
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import tiktoken
 import torch
+from tiktoken_ext.openai_public import r50k_pat_str
 from torch import Tensor
 
 TINY = Path(__file__).resolve().parent / "tiny"  # the embedded data and model
-DATASETS = {  # name: place on raw.githubusercontent.com, number of records, sha256 where known
-    "book": ("rasbt/LLMs-from-scratch/main/ch07/01_main-chapter-code/instruction-data.json", 1100,
-             "7e09a9af353722ca15c18bc580f093f9c39d3178335a75177319cb1e1d163944"),
-    "alpaca": ("tatsu-lab/stanford_alpaca/main/alpaca_data.json", 52002, None),
-}
-GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
-END_OF_TEXT = "<|endoftext|>"
 TEMPLATES = {  # before the input; its part, left out where there is no input; after it
     "alpaca": ("Below is an instruction that describes a task. Write a response that "
                "appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n",
@@ -49,30 +37,23 @@ TEMPLATES = {  # before the input; its part, left out where there is no input; a
 
 def format_prompt(example, template="alpaca") -> str:
     """The text up to and including the response header."""
-    if template not in TEMPLATES:
-        raise ValueError(f"template {template!r} is unknown; there are {', '.join(TEMPLATES)}")
     before, input_part, after = TEMPLATES[template]
     return (before + (input_part if example.get("input") else "") + after).format_map(example)
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Ids of an example: n_prompt of the prompt, the response's and, unless cut, the end token."""
-
-    ids: list[int]
+    ids: list[int]  # the prompt's, the response's and, unless cut, the end token
     n_prompt: int
 
 
 def encode_example(example, tokenizer, template="alpaca", max_length=None) -> Encoded:
-    """The first max_length ids; ValueError where nothing of the response is among them."""
+    """The first max_length ids; ValueError where none of the response is among them."""
     return encode_examples([example], tokenizer, template, max_length)[0][0]
 
 
 def encode_examples(examples, tokenizer, template="alpaca", max_length=None):
-    """(list[Encoded], the index of each one's example): only those that leave something to learn.
-
-    Raises ValueError where none does.
-    """
+    """(list[Encoded], index of each one's example), without those cut down to their prompt."""
     encoded, kept = [], []
     for i, example in enumerate(examples):
         prompt = tokenizer.encode_ordinary(format_prompt(example, template))
@@ -82,137 +63,107 @@ def encode_examples(examples, tokenizer, template="alpaca", max_length=None):
             encoded.append(Encoded(ids, len(prompt)))
             kept.append(i)
     if not encoded:
-        raise ValueError(f"none of {len(examples)} examples has a response token within "
-                         f"max_length {max_length}; raise it, or shorten the prompts")
+        raise ValueError(f"max_length {max_length} leaves no response to {len(examples)} prompts")
     return encoded, kept
 
 
 def marker_note(tokenizer, template) -> str | None:
     """A line on markers of the template that are control tokens of the tokenizer, else None."""
-    markers = re.findall(r"<\|\w+\|>", "".join(TEMPLATES[template]))
-    own = ", ".join(sorted(tokenizer.special_tokens_set.intersection(markers)))
-    return f"{own}: control tokens of this tokenizer, text in {template}" if own else None
+    text = "".join(TEMPLATES[template])
+    own = ", ".join(token for token in sorted(tokenizer.special_tokens_set) if token in text)
+    return f"in template {template}, {own} stays text" if own else None
 
 
 def collate(encoded, loss_on="response", ignore_index=-100) -> tuple[Tensor, Tensor]:
     """Inputs ids[:-1] and targets ids[1:], (B, T) int64 each, padded to the longest of the batch.
 
-    With loss_on "response" the prompt's own tokens are ignore_index among the targets; its last
-    position predicts the response's first token. With "all" they are targets too. Padding repeats
-    the row's last id, the end token, with ignore_index as target: the book's batches.
+    With loss_on "response" targets in the prompt are ignore_index, with "all" they are its ids.
+    Padding repeats the row's last id, with ignore_index as target: the book's batches.
     """
-    if loss_on not in ("response", "all"):
-        raise ValueError(f"loss_on {loss_on!r}: it is response or all")
-    width = max(len(example.ids) for example in encoded)
+    width = max(len(e.ids) for e in encoded)
     inputs, targets = [], []
-    for example in encoded:
-        ids, padding = example.ids, width - len(example.ids)
-        first = example.n_prompt if loss_on == "response" else 1  # the first id with a loss
-        inputs.append(ids[:-1] + ids[-1:] * padding)
-        targets.append([ignore_index] * (first - 1) + ids[first:] + [ignore_index] * padding)
+    for e in encoded:
+        padding = width - len(e.ids)
+        first = {"response": e.n_prompt, "all": 1}[loss_on]  # the first id with a loss
+        inputs.append(e.ids[:-1] + e.ids[-1:] * padding)
+        targets.append([ignore_index] * (first - 1) + e.ids[first:] + [ignore_index] * padding)
     return torch.tensor(inputs), torch.tensor(targets)
 
 
 def batches(lengths, batch_size, seed, epoch) -> list[list[int]]:
-    """Indices in batches of similar length, each index once, drawn from (seed, epoch) alone.
-
-    Sorted by length they need almost no padding. From epoch to epoch ties fall otherwise, the batch
-    that is not full stands elsewhere and shifts the cuts, and the order is another.
-    """
+    """Indices in batches of similar length, each index once, drawn from (seed, epoch) alone."""
     rng = random.Random(f"{seed}/{epoch}")
     order = rng.sample(range(len(lengths)), len(lengths))
-    order.sort(key=lambda i: lengths[i])
+    order.sort(key=lambda i: lengths[i])  # ties fall otherwise in every epoch
     full, rest = divmod(len(order), batch_size)
     sizes = [batch_size] * full + [rest] * (rest > 0)
-    rng.shuffle(sizes)
+    rng.shuffle(sizes)  # the batch that is not full shifts the cuts
     queue = iter(order)
     result = [[next(queue) for _ in range(size)] for size in sizes]
     rng.shuffle(result)
     return result
 
 
-# ---- records
-
-CHATS = ("messages", "conversations")
-QUESTIONS = ("instruction", "prompt", "question", *(f"user in {chat}" for chat in CHATS))
-ANSWERS = ("output", "completion", "answer", "response",
-           *(f"assistant in {chat}" for chat in CHATS))
-SYSTEMS = ("system", "system_prompt", *(f"system in {chat}" for chat in CHATS))
-MARKS = ("label", "train", "training", "weight")  # false or 0: not to be learned
+READ = {  # what an example is made of, and the names under which records have it
+    "system": ("system", "system_prompt", "system message"),
+    "instruction": ("instruction", "prompt", "question", "user message"),
+    "input": ("input", "context"),
+    "output": ("output", "completion", "answer", "response", "assistant message"),
+}
 NEEDED = ("history", "choices", "options", "documents", "tools", "tool_calls", "function_call",
-          "image", "images", "audio", "video", "videos")  # the answer may need it; not read here
+          "image", "images")  # not read, but the answer may need it
 USED = {"instruction", "input", "output", "task", "level", "instruction_long", "rationale", "draft"}
 
 
 def to_example(record) -> dict:
-    """A record of any accepted form as instruction, input, output and its other fields.
-
-    `context` is an input; a system text goes before the question, with a blank line between.
-    Raises ValueError with the remedy.
-    """
+    """Any accepted record as instruction (below a system text), input, output and other fields."""
     if not isinstance(record, dict):
-        raise ValueError(f"a record is an object with named fields, not {type(record).__name__}")
-    json.dumps(record, ensure_ascii=False).encode()  # ValueError: half a character (surrogate)
-    fields = dict(record)
-    for chat in CHATS:
+        raise ValueError("it is not an object with named fields")
+    json.dumps(record, ensure_ascii=False).encode()  # half a character: a ValueError that says so
+    fields, example = dict(record), {}
+    for chat in ("messages", "conversations"):
         if not _is_empty(fields.get(chat)):
-            fields |= _one_turn(fields.pop(chat), chat)
-    for name, value in fields.items():
-        word = name.split(" in ")[0]
-        if word in MARKS and (value is False or word == "weight" and value == 0):
-            raise ValueError(f"{name} says that it is not to be learned; remove the record")
-        if word in NEEDED and not _is_empty(value):
-            raise ValueError(f"{name} is not read; write it into the instruction, or remove it")
-    question, answer = _take(fields, QUESTIONS), _take(fields, ANSWERS)
-    system, given = _take(fields, SYSTEMS, ""), _take(fields, ("input", "context"), "")
-    instruction = f"{system}\n\n{question}" if system else question
-    return {"instruction": instruction, "input": given, "output": answer} | fields
-
-
-def _one_turn(messages, chat) -> dict:
-    """A conversation of one question and one answer as fields: {"user in messages": text, ...}."""
-    if not (isinstance(messages, list) and all(isinstance(m, dict) for m in messages)):
-        raise ValueError(f"{chat} must be a list of objects with role and content")
-    roles, texts, others = [], {}, {}
-    for message in messages:
-        role = str(message.get("role", message.get("from")))
-        roles.append({"human": "user", "gpt": "assistant"}.get(role, role))
-        texts[f"{roles[-1]} in {chat}"] = message.get("content", message.get("value"))
-        for key in message.keys() - {"role", "from", "content", "value"}:
-            if key not in MARKS or message is messages[-1]:  # no prompt is learned
-                others[f"{key} in {chat}"] = message[key]
-    if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
-        raise ValueError(f"{chat} of {', '.join(roles)}; needed: (system,) user, assistant; split "
-                         "longer conversations into records")
-    return others | texts
+            fields |= _one_turn(fields.pop(chat))
+    if fields.get("label") is False or fields.get("train") is False or fields.get("weight") == 0:
+        raise ValueError("marked not to be learned (label, train or weight); remove it")
+    if unread := [name for name in NEEDED if not _is_empty(fields.get(name))]:
+        raise ValueError(f"{unread[0]} is not read; write it into the instruction, or remove it")
+    for key, names in READ.items():
+        found = {name: fields.pop(name) for name in names if name in fields}
+        filled = [text for text in found.values() if not _is_empty(text)]
+        if len(filled) > 1 or not filled and key in ("instruction", "output"):
+            raise ValueError(f"{len(filled) or 'no'} texts as {', '.join(found or names)}, one is "
+                             f"needed; other fields: {', '.join(fields)}")
+        example[key] = filled[0] if filled else ""
+        if not isinstance(example[key], str):
+            raise ValueError(f"{', '.join(found)} is no text but a {type(filled[0]).__name__}; put "
+                             "chats under messages, rows of a table into one object each")
+    if system := example.pop("system"):
+        example["instruction"] = f"{system}\n\n{example['instruction']}"
+    return example | fields
 
 
 def _is_empty(value):
-    """Whether a field holds nothing: null, NaN, blanks, an empty list."""
-    blank = isinstance(value, str) and not value.strip()
-    return blank or value in (None, [], {}) or value != value
+    return value in (None, [], {}) or value != value or not str(value).strip()  # NaN is not itself
 
 
-def _take(fields, names, default=None) -> str:
-    """Take these fields out; the text of the one that is filled, else the default."""
-    found = {name: fields.pop(name) for name in names if name in fields}
-    filled = [name for name in found if not _is_empty(found[name])]
-    if not filled and default is None:
-        raise ValueError(f"no text in {' or '.join(found or names)}; fill it in, or remove it")
-    if len(filled) > 1:
-        raise ValueError(f"both {' and '.join(filled)} are given; remove one")
-    text = found[filled[0]] if filled else default
-    if not isinstance(text, str):
-        chat = "; a whole conversation belongs under messages" if isinstance(text, list) else ""
-        raise ValueError(f"{filled[0]} must be text, not {type(text).__name__}{chat}")
-    return text
+def _one_turn(messages):
+    """A conversation as fields: {"user message": text, "assistant message": text, ...}."""
+    if not (isinstance(messages, list) and all(isinstance(m, dict) for m in messages)):
+        raise ValueError("messages are a list of objects with role and content")
+    roles = [str(m.get("role", m.get("from"))) for m in messages]
+    roles = [{"human": "user", "gpt": "assistant"}.get(role, role) for role in roles]
+    if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
+        raise ValueError(f"messages of {', '.join(roles)}; split them into records of (system,) "
+                         "user, assistant")
+    texts = [m.get("content", m.get("value")) for m in messages]
+    read = {"role", "from", "content", "value"}
+    others = {key: m[key] for m in messages for key in m.keys() - read}
+    return others | {f"{role} message": text for role, text in zip(roles, texts)}
 
 
 def split_examples(examples, train=0.85, test=0.10, shuffle=None) -> tuple[list, list, list]:
-    """(train, val, test): int(n * train) records, behind the int(n * test) for test the rest.
-
-    In file order as the book, where 1,100 make 935, 55 and 110; shuffled where a seed is given.
-    """
+    """(train, val, test) in file order, as the book, or shuffled by a seed; val is what is left."""
     examples = list(examples)
     if shuffle is not None:
         random.Random(shuffle).shuffle(examples)
@@ -221,254 +172,157 @@ def split_examples(examples, train=0.85, test=0.10, shuffle=None) -> tuple[list,
     return examples[:a], examples[b:], examples[a:b]
 
 
-# ---- files
-
-SPLIT_SEED = 123
-TO_JSON = "pandas can convert it: to_json(PATH, orient='records', lines=True)"
-NOT_JSON = {  # how files begin that are brought as data, what they are and what to do
-    b"\x1f\x8b": "gzip: unpack it", b"\xfd7zXZ": "xz: unpack it", b"BZh": "bzip2: unpack it",
-    b"\x28\xb5\x2f\xfd": "zstd: unpack it", b"PK\x03\x04": "zip or xlsx: unpack or convert it",
-    b"PAR1": f"parquet: {TO_JSON}", b"\x80": f"a pickle: {TO_JSON}",
-    b"ARROW1": f"arrow: {TO_JSON}", b"\xff\xff\xff\xff": f"arrow: {TO_JSON}",
-    b"\xff\xfe": "UTF-16: save it as UTF-8", b"\xfe\xff": "UTF-16: save it as UTF-8",
-    b"version https://git-lfs": "a git-lfs pointer: run git lfs pull",
-    b"<": "a web page: download the raw file",
+DATASETS = {  # name: place on raw.githubusercontent.com, sha256 where known
+    "book": ("rasbt/LLMs-from-scratch/main/ch07/01_main-chapter-code/instruction-data.json",
+             "7e09a9af353722ca15c18bc580f093f9c39d3178335a75177319cb1e1d163944"),
+    "alpaca": ("tatsu-lab/stanford_alpaca/main/alpaca_data.json", None),
+}
+WANTED = ("needed is a JSON array or JSON lines (one record a line), in UTF-8; for tables: pandas' "
+          "to_json(path, orient='records', lines=True)")
+KINDS = {  # how files begin that are brought as data, and what they are
+    b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip or xlsx", b"\xfd7zXZ": "xz", b"BZh": "bzip2",
+    b"\x28\xb5\x2f\xfd": "zstd", b"PAR1": "parquet", b"ARROW1": "arrow", b"\xff\xff\xff": "arrow",
+    b"\x80": "a pickle", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"<": "a web page",
+    b"version https://git-lfs": "a git-lfs pointer (git lfs pull)", b"[": "", b"{": "",
+    b"": "empty, csv or text",
 }
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Data as a run uses it: records, and what there is to say of them."""
-
     train: list[dict]
     val: list[dict]
     test: list[dict]
     positions: list[int]  # of the training records in their file, from 0
     split: str  # "file order", "shuffled" or "folder"
     sha256: str  # of the file, or of a folder's files one after another
-    rows: int  # records in it, those left out too
+    rows: int
     notes: list[str]
 
 
 def load_parts(path_or_name, split=None) -> Parts:
-    """Read and split. A user's file is shuffled, for files sorted by kind are common.
+    """Read and split; a user's file is shuffled, as files sorted by kind are common.
 
     `split` forces "file order" or "shuffled" upon a file. Raises FileNotFoundError, or ValueError
-    that names file, record (from 1), line and remedy.
+    naming file, record (from 1), line and remedy.
     """
-    name, rows, loaded, notes = str(path_or_name), 0, {"test": []}, []
-    files = _files(name)
-    sha256 = hashlib.sha256(b"".join(path.read_bytes() for path in files.values())).hexdigest()
-    for part, path in files.items():
-        records = _records(path)
-        rows += len(records)
-        loaded[part] = _examples(path, records, leave_out_empty=name == "alpaca")
-    if "all" in files:
-        split = split or ("file order" if name in ("tiny", *DATASETS) else "shuffled")
-        seed = SPLIT_SEED if split == "shuffled" else None
-        parts = split_examples(loaded["all"], shuffle=seed)
+    name, files = str(path_or_name), _files(str(path_or_name))
+    parts, counts = zip(*(_read(path, leave_out_empty=name == "alpaca") for path in files))
+    left_out = sum(counts) - sum(map(len, parts))
+    if len(files) > 1:
+        split = "folder"
     else:
-        split, parts = "folder", [loaded[part] for part in ("train", "val", "test")]
+        split = split or ("file order" if name in ("tiny", *DATASETS) else "shuffled")
+        parts = split_examples(parts[0], shuffle=123 if split == "shuffled" else None)
     positions = [position for position, _ in parts[0]]
-    train, val, test = ([example for _, example in part] for part in parts)
-    used = train + val + test
-    if len(used) < rows:
-        notes.append(f"{rows - len(used)} of {rows} records have no output and are left out")
-    unused = {key for example in used for key in example if not _is_empty(example[key])} - USED
-    if unused:
-        notes.append(f"fields that nothing uses: {', '.join(sorted(unused))}")
-    prompts = {(example["instruction"], example["input"]) for example in train}
-    seen = sum((example["instruction"], example["input"]) in prompts for example in test)
-    if seen:
-        notes.append(f"{seen} of {len(test)} test prompts also stand in the training part")
-    return Parts(train, val, test, positions, split, sha256, rows, notes)
+    train, val, test = ([e for _, e in part] for part in parts)
+    unused = {key for e in train for key in e if not _is_empty(e[key])} - USED
+    prompts = set(map(format_prompt, train))
+    seen = sum(format_prompt(e) in prompts for e in test)
+    notes = {f"{left_out} of {sum(counts)} records have no output and are left out": left_out,
+             f"fields that nothing uses: {', '.join(sorted(unused))}": unused,
+             f"{seen} of {len(test)} test prompts also stand in the training part": seen}
+    notes = [note for note, there in notes.items() if there]
+    sha256 = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+    return Parts(train, val, test, positions, split, sha256, sum(counts), notes)
 
 
 def load_examples(path_or_name) -> list[dict]:
-    """All records in the order of the file (of a folder: train, test, val). Raises as load_parts."""
+    """All records in the order of the file; of a folder: train, test, val."""
     parts = load_parts(path_or_name, split="file order")
     return parts.train + parts.test + parts.val
 
 
-def _files(name) -> dict[str, Path]:
-    """The file as "all", or those of a data folder as "train", "val" and, unless missing, "test"."""
+def _files(name):
     path = TINY / "instructions.json" if name == "tiny" else Path(name)
     if name in DATASETS:
-        path = _download(name)
-    if path.is_file():
-        return {"all": path}
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such data; give a .json or .jsonl file, a folder, "
-                                f"or one of {', '.join(['tiny', *DATASETS])}")
-    files = {}
-    for part in ("train", "val", "test"):
-        found = [file for file in (path / f"{part}.jsonl", path / f"{part}.json") if file.is_file()]
-        if len(found) > 1 or not found and part != "test":
-            raise ValueError(f"{path} holds {len(found)} of {part}.jsonl and {part}.json; needed "
-                             "are train, val and (to be scored) test, one file each")
-        files |= {part: file for file in found}
+        place, sha256 = DATASETS[name]
+        url = f"{os.environ.get('DATA_ENDPOINT') or 'https://raw.githubusercontent.com'}/{place}"
+        cache = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
+        path = cache / "gpt2-finetune" / "data" / f"{name}.json"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.is_file():  # fetched whole or not at all
+                torch.hub.download_url_to_file(url, path, sha256, progress=False)
+        except (OSError, RuntimeError) as error:
+            raise FileNotFoundError(f"{url}: {error}; or put it into {path}") from None
+    files = [path]
+    if path.is_dir():
+        files = [path / f"{part}.jsonl" for part in ("train", "val", "test")]
+        files = [file if file.is_file() else file.with_suffix(".json") for file in files]
+    if absent := [str(file) for file in files if not file.is_file()]:
+        raise FileNotFoundError(f"{absent[0]}: no such file; give a JSON file, a folder of train, "
+                                f"val and test, or {', '.join(['tiny', *DATASETS])}")
     return files
 
 
-def _download(name) -> Path:
-    """A published data set in HF_HOME's cache, fetched the first time, whole or not at all."""
-    place, count, sha256 = DATASETS[name]
-    server = os.environ.get("DATA_ENDPOINT") or "https://raw.githubusercontent.com"
-    url = f"{server.rstrip('/')}/{place}"
-    cache = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
-    path = cache / "gpt2-finetune" / "data" / f"{name}.json"
-    part = path.with_name(f"{name}.{os.getpid()}.part")
-    if path.is_file():
-        return path
-    try:
-        print(f"fetching {url}", file=sys.stderr)
-        with urllib.request.urlopen(url, timeout=30) as answer:
-            content = answer.read()
-        right = sha256 in (None, hashlib.sha256(content).hexdigest())
-        if not right or len(json.loads(content)) != count:
-            raise ValueError("another file than was published came")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(content)
-        part.replace(path)
-    except Exception as error:  # of network, server or disk
-        raise FileNotFoundError(f"{url}: {error!r}; or put the file into {path}") from None
-    finally:
-        part.unlink(missing_ok=True)
-    return path
-
-
-def _examples(path, records, leave_out_empty):
-    """[(position, example)]. Bad records are counted and the first ones named in a ValueError."""
-    pairs, bad = [], []
-    for position, (place, record) in enumerate(records):
-        if leave_out_empty and _is_empty(record.get("output")):
-            continue
+def _read(path, leave_out_empty):
+    """([(position, example)], number of records) of a JSON array or JSON lines, by content."""
+    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf").rstrip()
+    start = content.lstrip().partition(b"\n")[0].rstrip()
+    if kind := next(kind for magic, kind in KINDS.items() if start.startswith(magic)):
+        raise ValueError(f"{path} is {kind}; {WANTED}")
+    lines = content.split(b"\n") if start.startswith(b"{") and start.endswith(b"}") else [content]
+    examples, rows, bad = [], 0, []
+    for n, line in enumerate(lines, 1):
         try:
-            pairs.append((position, to_example(record)))
-        except ValueError as error:
-            bad.append(f"{place}: {error}")
-    if bad:
-        raise ValueError(f"{path}: {len(bad)} of {len(records)} records are bad: "
-                         f"{'; '.join(bad[:3])}")
-    if not pairs:
-        raise ValueError(f"{path} holds no records")
-    return pairs
+            values = json.loads(line) if line.strip() else []
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: line {n}: not JSON ({error}); {WANTED}") from None
+        for record in values if isinstance(values, list) else [values]:
+            rows += 1
+            try:
+                if not (leave_out_empty and _is_empty(record["output"])):
+                    examples.append((rows - 1, to_example(record)))
+            except ValueError as error:
+                bad.append(f"record {rows} (line {n}): {error}")
+    if bad or not rows:
+        raise ValueError(f"{path}: {len(bad)} of {rows} records are bad: {'; '.join(bad[:3])}")
+    return examples, rows
 
 
-def _records(path):
-    """[(place, record)] of a JSON array or of JSON lines, told by content."""
-    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    start = content.lstrip()[:40]
-    for magic, kind in NOT_JSON.items():
-        if start.startswith(magic):
-            raise ValueError(f"{path} is {kind}")
-    if not start.startswith((b"[", b"{")):
-        raise ValueError(f"{path} is empty, or csv or text that begins with {start!r}: {TO_JSON}")
-    try:
-        whole = _parse(content, path)
-    except ValueError:
-        if start.startswith(b"["):
-            raise
-        lines = [(n, line) for n, line in enumerate(content.split(b"\n"), 1) if line.strip()]
-        places = [f"record {i} (line {n})" for i, (n, _) in enumerate(lines, 1)]
-        return [(p, _parse(line, f"{path}: {p}")) for p, (_, line) in zip(places, lines)]
-    if isinstance(whole, dict):  # JSON lines of one record, or a table
-        lists = [name for name in whole if isinstance(whole[name], (list, dict))]
-        if len(lists) == len(whole) and not whole.keys() & set(CHATS):
-            raise ValueError(f"{path} is one object with lists or objects under {', '.join(lists)};"
-                             " write the list of records alone, one object each")
-        whole = [whole]
-    return [(f"record {n}", record) for n, record in enumerate(whole, 1)]
-
-
-def _parse(text, where):
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        why = str(error).replace("line 1 column", "column")
-        raise ValueError(f"{where}: not JSON in UTF-8 ({why}); a file is one array of records, or "
-                         "one record a line") from None
-
-
-# ---- the tokenizer
-
-# How GPT-2 cuts text before it merges bytes; possessive quantifiers keep long runs linear.
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 # GPT-2's files spell a byte as itself where that prints, else as the next character from U+0100.
-PRINTS = [*range(33, 127), *range(161, 173), *range(174, 256)]
-OTHERS = [byte for byte in range(256) if byte not in PRINTS]
+PRINTS = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+OTHERS = [b for b in range(256) if b not in PRINTS]
 CHAR_TO_BYTE = {chr(b): b for b in PRINTS} | {chr(256 + n): b for n, b in enumerate(OTHERS)}
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json",
-                   "special_tokens_map.json", "tokenizer_config.json")
 
 
 def load_tokenizer(name_or_folder) -> tiktoken.Encoding:
-    """GPT-2's byte-level BPE from a model folder, or by name: `tiny`, `gpt2`, `gpt2-medium`, ...
-
-    A folder's tokenizer.json is read first, then vocab.json + merges.txt. Raises FileNotFoundError,
-    or ValueError where tiktoken would give other ids than the files mean, or panic.
-    """
-    if name_or_folder in GPT2_NAMES:  # all five have the same
-        try:
-            return tiktoken.get_encoding("gpt2")
-        except OSError as error:
-            raise FileNotFoundError(f"{name_or_folder}: {type(error).__name__}; give a folder with "
-                                    "vocab.json and merges.txt, or TIKTOKEN_CACHE_DIR") from None
+    """GPT-2's byte-level BPE by name (`tiny`, `gpt2`, ...) or from a model folder's tokenizer.json,
+    else vocab.json and merges.txt. Raises ValueError where tiktoken would make other ids."""
+    if name_or_folder in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2"):
+        return tiktoken.get_encoding("gpt2")  # all have the same
     folder = TINY / "model" if name_or_folder == "tiny" else Path(name_or_folder)
-    try:
-        vocab, merges, special, ordinary = _read_tokenizer(folder)
-        ranks = {bytes(CHAR_TO_BYTE[char] for char in token): n
-                 for token, n in vocab.items() if token not in special}
-        longer = sorted((t for t in vocab if len(t) > 1 and t not in special), key=vocab.get)
-        ids = sorted([*ranks.values(), *special.values()])
-        if ordinary:
-            raise ValueError(f"{ordinary} are added as ordinary tokens, which tiktoken has not")
-        if longer != merges or ids != list(range(256 + len(merges) + len(special))):
-            raise ValueError("ids must be 0, 1, ...: 256 bytes, and tokens in the order of merges")
-        special[END_OF_TEXT]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder}: no tokenizer of GPT-2's kind: {error!r}") from None
-    return tiktoken.Encoding(str(folder), pat_str=GPT2_PATTERN, mergeable_ranks=ranks,
-                             special_tokens=special)
-
-
-def _read_tokenizer(folder):
-    """(vocabulary, what each merge makes, special tokens, added tokens that are not special)."""
-    def read(name):
-        return json.loads((folder / name).read_text(encoding="utf-8"))
-
     if (folder / "tokenizer.json").is_file():
-        spec = read("tokenizer.json")
-        model, cut, added = spec["model"], spec["pre_tokenizer"], spec["added_tokens"]
-        kind = (model.get("type", "BPE"), cut["type"], cut["add_prefix_space"],
-                cut.get("use_regex", True), spec["normalizer"])
-        if kind != ("BPE", "ByteLevel", False, True, None):
-            raise ValueError(f"tokenizer.json is {kind}")
-        special = {token["content"]: token["id"] for token in added}
-        ordinary = [token["content"] for token in added if not token["special"]]
-        vocab, merges = model["vocab"], model["merges"]
+        spec = json.loads((folder / "tokenizer.json").read_bytes())
+        vocab, merges, cut = spec["model"]["vocab"], spec["model"]["merges"], spec["pre_tokenizer"]
+        special = {token["content"]: token["id"] for token in spec["added_tokens"]}
+        wrong = [token["content"] for token in spec["added_tokens"] if not token["special"]]
+        if not cut or cut["type"] != "ByteLevel" or cut["add_prefix_space"]:
+            wrong.append("its way to cut text")
     else:
-        if not ((folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()):
-            raise FileNotFoundError(f"{folder}: no tokenizer.json, nor vocab.json with merges.txt")
-        vocab = read("vocab.json")
-        special = read("added_tokens.json") if (folder / "added_tokens.json").is_file() else {}
-        known = folder / "special_tokens_map.json"
-        known = known.read_text(encoding="utf-8") if known.is_file() else ""
-        ordinary = [token for token in special if json.dumps(token) not in known]
-        special[END_OF_TEXT] = vocab[END_OF_TEXT]
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-        merges = [line for line in lines if line and not line.startswith("#version")]
-    return vocab, ["".join(merge).replace(" ", "") for merge in merges], special, ordinary
+        vocab = json.loads((folder / "vocab.json").read_bytes())
+        merges = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+        merges = [line for line in merges if not line.startswith("#version")]
+        special = {"<|endoftext|>": vocab.get("<|endoftext|>")}
+        wrong = [path.name for path in folder.glob("added_tokens.json")]
+    tokens = sorted(vocab.keys() - special, key=vocab.get)
+    ids = [*map(vocab.get, tokens), *special.values()]
+    if ({*tokens[:256]} != {*CHAR_TO_BYTE} or {*ids} != {*range(len(ids))}
+            or tokens[256:] != ["".join(merge).replace(" ", "") for merge in merges]):
+        wrong.append("its ids, which are not 0, 1, 2, ... in the order of merges")
+    if wrong or "<|endoftext|>" not in special:
+        raise ValueError(f"{folder}: the tokenizer is not like GPT-2's in {', '.join(wrong)}")
+    ranks = {bytes(CHAR_TO_BYTE[char] for char in token): vocab[token] for token in tokens}
+    return tiktoken.Encoding(str(folder), pat_str=r50k_pat_str, mergeable_ranks=ranks,
+                             special_tokens=special)
 
 
 def copy_tokenizer(source_folder, target_folder) -> None:
     """Copy the tokenizer's files byte for byte."""
-    names = [name for name in TOKENIZER_FILES if (Path(source_folder) / name).is_file()]
-    for name in names:
-        shutil.copyfile(Path(source_folder) / name, Path(target_folder) / name)
-
-
-# ---- python data.py
+    for path in Path(source_folder).iterdir():
+        if path.name in ("vocab.json", "merges.txt") or "token" in path.name:
+            (Path(target_folder) / path.name).write_bytes(path.read_bytes())
 
 
 def main(argv=None) -> int:
@@ -476,43 +330,28 @@ def main(argv=None) -> int:
     warnings.filterwarnings("ignore", "Failed to initialize NumPy")
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
-    parser.add_argument("--data", default="tiny", help="file, folder, tiny, book or alpaca")
-    parser.add_argument("--model", default="tiny", help="folder with a tokenizer, or a name")
+    parser.add_argument("--data", default="tiny", help="a file, a folder, tiny, book or alpaca")
+    parser.add_argument("--model", default="tiny", help="a folder with a tokenizer, tiny or gpt2")
     parser.add_argument("--template", default="alpaca", choices=TEMPLATES)
-    parser.add_argument("--max-length", type=int, help="cut examples after so many ids")
+    parser.add_argument("--max-length", type=int)
     args = parser.parse_args(argv)
     try:
-        describe(load_parts(args.data), load_tokenizer(args.model), args.template, args.max_length)
+        parts, tokenizer = load_parts(args.data), load_tokenizer(args.model)
+        examples = parts.train + parts.val + parts.test
+        encoded, kept = encode_examples(examples, tokenizer, args.template, args.max_length)
     except (ValueError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 1
-    return 0
-
-
-def describe(parts, tokenizer, template, max_length):
-    """Print lengths, truncation, padding, and one example with what is learned marked."""
-    examples = parts.train + parts.val + parts.test
-    encoded, kept = encode_examples(examples, tokenizer, template, max_length)
-    print(f"{parts.rows} records, {parts.split}: {len(parts.train)} train, {len(parts.val)} val, "
-          f"{len(parts.test)} test")
-    for note in [*parts.notes, marker_note(tokenizer, template)]:
-        if note:
-            print(f"note: {note}")
-    lengths = [len(example.ids) for example in encoded]
-    prompts = [example.n_prompt for example in encoded]
-    cut = sum(example.ids[-1] != tokenizer.eot_token for example in encoded)
-    print(f"cut after {max_length}: {cut}; with nothing left to learn: {len(examples) - len(kept)}")
-    print("ids          min  median     max")
-    responses = [length - prompt for length, prompt in zip(lengths, prompts)]
-    for name, values in (("prompt", prompts), ("response", responses), ("both", lengths)):
-        values = sorted(values)
-        print(f"{name:8s}{values[0]:8d}{values[len(values) // 2]:8d}{values[-1]:8d}")
-    rows = [[lengths[i] for i in batch] for batch in batches(lengths, 8, seed=0, epoch=0)]
-    padding = 1 - sum(lengths) / sum(len(row) * max(row) for row in rows)
-    print(f"padding in batches of 8: {padding:.1%}")
+    lengths = [len(e.ids) for e in encoded]
+    cut = sum(e.ids[-1] != tokenizer.eot_token for e in encoded)
+    width = sum(len(b) * max(lengths[i] for i in b) for b in batches(lengths, 8, 0, 0))
     ids, n = encoded[0].ids, encoded[0].n_prompt
-    print(f"\nthe first one; what is learned stands between >>> and <<<\n")
-    print(f"{tokenizer.decode(ids[:n])}>>>{tokenizer.decode(ids[n:])}<<<")
+    print(f"{parts.split}: {len(parts.train)} train, {len(parts.val)} val, {len(parts.test)} test")
+    print(*parts.notes, marker_note(tokenizer, args.template) or "", sep="\n")
+    print(f"{min(lengths)} to {max(lengths)} ids; cut: {cut}, down to the prompt and left out: "
+          f"{len(examples) - len(kept)}; padding in batches of 8: {1 - sum(lengths) / width:.1%}")
+    print(f"\n{tokenizer.decode(ids[:n])}>>>{tokenizer.decode(ids[n:])}<<<")
+    return 0
 
 
 if __name__ == "__main__":

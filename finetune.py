@@ -45,7 +45,7 @@ from gpt import GPT, PUBLISHED, choose_device, locate, read_config, read_json, w
 from lora import add_lora, load_lora, save_lora
 
 HEAD_ROWS = 1024  # positions whose logits are in memory at one time
-EVAL_BATCHES = 20  # of a validation while training; the last one takes all
+EVAL_RECORDS = 200  # of a validation while training; the last one takes all
 CHECKPOINT_SECONDS = 600  # between checkpoints, where --checkpoint-every does not say
 SETTINGS = ("out", "resume", "overwrite", "eval_every", "checkpoint_every", "no_responses",
             "device", "recompute")  # flags that may differ when a run is resumed
@@ -68,9 +68,10 @@ class Machine:
 
     def total(self, *values: float) -> list[float]:
         """Sums over all processes."""
-        sums = torch.tensor(values, dtype=torch.float64, device="cpu" if self.world == 1 else self.device)
-        if self.world > 1:
-            dist.all_reduce(sums)
+        if self.world == 1:
+            return list(values)
+        sums = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(sums)
         return sums.tolist()
 
 
@@ -123,18 +124,16 @@ def loss_sum(model: GPT, batch: list, loss_on: str, machine: Machine, prefix=Non
         targets = targets.flatten()[wanted].to(machine.device)
         if len(wanted) <= HEAD_ROWS:
             return head_loss(model.lm_head, hidden, targets)
-        parts = zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS))
-        return sum(checkpoint(head_loss, model.lm_head, h, t, use_reentrant=False) for h, t in parts)
+        part_loss = partial(checkpoint, head_loss, model.lm_head, use_reentrant=False)
+        return sum(map(part_loss, hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS)))
 
 
 @torch.no_grad()
-def mean_loss(model: GPT, encoded: list, job: Job, limit: int) -> float:
-    """Loss per supervised token over examples, or over about `limit` batches of them (0: all). Every
-    process takes its share, and goes as often as the others."""
+def mean_loss(model: GPT, encoded: list, job: Job) -> float:
+    """Loss per supervised token. Every process takes its share, and goes as often as the others."""
     machine, size, total = job.machine, job.recipe.batch_size, 0.0
     order = sorted(encoded, key=lambda e: len(e.ids))
     chunks = [order[i:i + size] for i in range(0, len(order), size)]
-    chunks = chunks[::math.ceil(len(chunks) / limit)] if limit else chunks
     model.eval()
     for first in range(0, len(chunks), machine.world):
         mine = chunks[(first + machine.rank) % len(chunks)]
@@ -142,7 +141,7 @@ def mean_loss(model: GPT, encoded: list, job: Job, limit: int) -> float:
         total += loss if first + machine.rank < len(chunks) else 0.0
     if hasattr(model, "reshard"):
         model.reshard()  # after a forward pass its outermost tensors are still whole
-    return machine.total(total)[0] / sum(n_targets(c, job.recipe.loss_on) for c in chunks)
+    return machine.total(total)[0] / n_targets(encoded, job.recipe.loss_on)
 
 
 def rate_at(step: int, total: int, warmup: float, schedule: str) -> float:
@@ -167,16 +166,16 @@ def build_optimizer(model: GPT, plan, recipe, before=None) -> torch.optim.AdamW:
     """AdamW over exactly plan.parameters(), in groups of one learning rate and weight decay, with
     the moments that the optimizer `before` has of what goes on training."""
     mixed = len({bool(ADAPTER.search(name)) for name in plan.trainable}) == 2
-    groups, n_layer = {}, model.config.n_layer
+    groups, top = {}, model.config.n_layer - 1
     for name, p in model.named_parameters():
         if p.requires_grad:
-            rate = recipe.lr * recipe.lr_decay ** max(0, n_layer - 1 - lowest_block([name], n_layer))
+            rate = recipe.lr * recipe.lr_decay ** max(0, top - lowest_block([name], top + 1))
             rate *= 10 if mixed and ADAPTER.search(name) else 1  # as adapters beside weights want
             groups.setdefault((rate, recipe.weight_decay if p.dim() > 1 else 0.0), []).append(p)
     optimizer = torch.optim.AdamW([{"params": ps, "lr": rate, "peak": rate, "weight_decay": decay}
                                    for (rate, decay), ps in groups.items()], fused=True)
-    kept = {p: before.state[p] for p in plan.parameters() if before and p in before.state}
-    optimizer.state.update(kept)
+    goes_on = [p for p in plan.parameters() if before and p in before.state]
+    optimizer.state.update({p: before.state[p] for p in goes_on})
     return optimizer
 
 
@@ -246,7 +245,7 @@ def train(model: GPT, plan, optimizer, first: int, end: int, job: Job, noted: li
         state.losses = (state.losses + [loss])[-recipe.eval_every:]
         last = state.step == total
         if last or state.step % recipe.eval_every == 0:
-            state.val_loss = mean_loss(model, job.val, job, 0 if last else EVAL_BATCHES)
+            state.val_loss = mean_loss(model, job.val[:None if last else EVAL_RECORDS], job)
         log(job, epoch + 1, loss, rate, norm, indices)
         stop, late = machine.total(len(noted), time.monotonic() - saved > CHECKPOINT_SECONDS)
         due = state.step % recipe.checkpoint_every == 0 if recipe.checkpoint_every else late
@@ -392,26 +391,24 @@ def keep_freed_memory() -> None:
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: none
 
 
-def multiply_with_onednn(compiled: bool) -> None:
+def multiply_with_onednn() -> None:
     """oneDNN uses AVX-512 where MKL, torch's choice, does not: on AMD, up to twice as fast. torch
     takes it for fp32 only where rounding to bf16 is allowed; test products find the CPUs that would
-    really round (AMX, Arm). torch.compile insists on the setting's old name."""
-    by_old_name = torch.set_float32_matmul_precision if compiled else lambda precision: None
-    by_old_name("medium")
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    really round (AMX, Arm)."""
+    matmul = torch.backends.mkldnn.matmul
+    matmul.fp32_precision = "bf16"
     x = torch.full((256, 256), 1 + 2**-12)  # 1 in bf16
     products = x @ x, x.t() @ x, x[:8] @ x.t(), torch.bmm(x[None], x[None])
     if not all(torch.allclose(y / 256, x[0, 0].square(), rtol=1e-6, atol=0) for y in products):
-        by_old_name("highest")
-        torch.backends.mkldnn.matmul.fp32_precision = "none"
+        matmul.fp32_precision = "none"
 
 
 def speed_up_blocks(model: GPT, job: Job) -> None:
     """--recompute, --compile, and on the CPU attention over short texts without the flash kernel,
     whose products are small there: 1.75 times as fast up to 256 tokens, half as fast at 1,024."""
-    longest = max(len(e.ids) for e in job.train + job.val)
-    short = longest <= 256 and job.machine.dtype == torch.float32
-    torch.backends.cuda.enable_flash_sdp(job.machine.device.type != "cpu" or not short)
+    short = max(len(e.ids) for e in job.train + job.val) <= 256
+    small = short and job.machine.device.type == "cpu" and job.machine.dtype == torch.float32
+    torch.backends.cuda.enable_flash_sdp(not small)
     for block in model.h:
         if job.recipe.recompute:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
@@ -458,7 +455,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def load_model(folder: Path, adapter: Path | None, flags: dict):
-    """(model, tokenizer). The run's adapter is loaded, or the one that the flags ask for is added."""
+    """(model, tokenizer). A run's adapter is loaded, or the one that the flags ask for added."""
     if flags["untie_head"] and not read_config(folder).tie_word_embeddings:
         raise ValueError("--untie-head: the head of this model has weights of its own already")
     if adapter and flags["lora_r"]:
@@ -472,8 +469,8 @@ def load_model(folder: Path, adapter: Path | None, flags: dict):
     if adapter:
         load_lora(model, adapter)
     if flags["lora_r"]:
-        add_lora(model, flags["lora_r"], flags["lora_alpha"] or 2 * flags["lora_r"],
-                 (flags["lora_targets"] or "c_attn,c_proj,c_fc").split(","),
+        targets = (flags["lora_targets"] or "c_attn,c_proj,c_fc").split(",")
+        add_lora(model, flags["lora_r"], flags["lora_alpha"] or 2 * flags["lora_r"], targets,
                  flags["lora_dropout"] or 0.0, flags["rslora"])
     return model, tokenizer
 
@@ -481,52 +478,49 @@ def load_model(folder: Path, adapter: Path | None, flags: dict):
 def fill_in(flags: dict, model: GPT, adapter: Path | None, machine: Machine) -> dict:
     """The flags with the defaults that depend on the model, and with paths that stay valid."""
     weights = [p.numel() for name, p in model.named_parameters() if not ADAPTER.search(name)]
-    small = sum(weights) < 10_000_000
-    policy = flags["trainable"] or ("lora" if flags["lora_r"] or adapter else "all")
-    rate = (3e-4 if small else 5e-5) * (10 if policy == "lora" else 1)
-    parts = [Path(flags["model"]).name, policy, f"r{flags['lora_r']}" if flags["lora_r"] else "",
-             "" if flags["data"] == "tiny" else Path(flags["data"]).stem]
-    out = Path("runs", re.sub(r"[^\w.,-]+", "_", "-".join(filter(None, parts))))
-    chosen = {"trainable": policy, "lr": rate, "epochs": 3 if small else 2, "out": str(out),
-              "batch_size": 16 if small else 8, "max_length": model.config.block_size}
+    small, r = sum(weights) < 10_000_000, flags["lora_r"]
+    policy = flags["trainable"] or ("lora" if r or adapter else "all")
+    data = "" if flags["data"] == "tiny" else Path(flags["data"]).stem
+    name = "-".join(filter(None, [Path(flags["model"]).name, policy, f"r{r}" if r else "", data]))
+    chosen = {"trainable": policy, "out": "runs/" + re.sub(r"[^\w.,-]+", "_", name),
+              "lr": (3e-4 if small else 5e-5) * (10 if policy == "lora" else 1),
+              "epochs": 3 if small else 2, "batch_size": 16 if small else 8,
+              "max_length": model.config.block_size}
     flags = flags | {key: value for key, value in chosen.items() if flags[key] is None}
     for key, names in (("model", ("tiny", *PUBLISHED)), ("data", ("tiny", *DATASETS))):
         flags[key] = flags[key] if flags[key] in names else str(Path(flags[key]).absolute())
+    if flags["max_length"] > model.config.block_size:
+        raise ValueError(f"--max-length: the model takes {model.config.block_size} tokens at most")
     return flags | {"dtype": str(machine.dtype).partition(".")[2], "processes": machine.world}
-
-
-def encode_part(label: str, records: list, tokenizer, recipe):
-    """(examples, indices of their records); says how many were left out and cut."""
-    encoded, kept = encode_examples(records, tokenizer, recipe.template, recipe.max_length)
-    cut = sum(e.ids[-1] != tokenizer.eot_token for e in encoded)
-    if cut or len(kept) < len(records):
-        say(f"note     {label}: {len(records) - len(kept)} of {len(records)} records are dropped, "
-            f"with no answer within {recipe.max_length} tokens; {cut} are cut")
-    return encoded, kept
 
 
 def prepare(flags: dict, parts, model: GPT, tokenizer, machine: Machine) -> Job:
     """What the run will do, from its flags and records: examples, the order of steps, spans."""
-    recipe = argparse.Namespace(**flags)
-    if recipe.max_length > model.config.block_size:
-        raise ValueError(f"--max-length: the model takes {model.config.block_size} tokens at most")
-    for note in filter(None, [*parts.notes, marker_note(tokenizer, recipe.template)]):
+    recipe, notes, kept = argparse.Namespace(**flags), list(parts.notes), []
+    notes += filter(None, [marker_note(tokenizer, recipe.template)])
+    parts_used, dropped, cut = [], 0, 0
+    for records in (parts.train[:recipe.max_examples], parts.val):
+        encoded, kept_here = encode_examples(records, tokenizer, recipe.template, recipe.max_length)
+        dropped += len(records) - len(encoded)
+        cut += sum(e.ids[-1] != tokenizer.eot_token for e in encoded)
+        parts_used.append(encoded)
+        kept = kept or kept_here
+    if dropped or cut:
+        notes.append(f"{dropped} records are dropped, with no answer within {recipe.max_length} "
+                     f"tokens; {cut} are cut")
+    for note in notes:
         say(f"note     {note}")
-    records = parts.train[:recipe.max_examples]
-    train_set, kept = encode_part("training", records, tokenizer, recipe)
-    val_set, _ = encode_part("validation", parts.val, tokenizer, recipe)
-    used = train_set + val_set
+    train_set, val_set = parts_used
     account = {"name": flags["data"], "sha256": parts.sha256, "split": parts.split,
-               "rows": parts.rows, "used": len(train_set),
-               "dropped": len(records) + len(parts.val) - len(used),
-               "truncated": sum(e.ids[-1] != tokenizer.eot_token for e in used)}
+               "rows": parts.rows, "used": len(train_set), "dropped": dropped, "truncated": cut}
     per_step = recipe.batch_size * recipe.grad_accum * machine.world
     epochs = [batches([len(e.ids) for e in train_set], per_step, recipe.seed, epoch)
               for epoch in range(recipe.epochs)]
     order = [(epoch, step) for epoch, steps in enumerate(epochs) for step in steps]
     order = order[:recipe.max_steps]
-    spans = schedule(recipe.trainable, model.config.n_layer, len(order), len(epochs[0]), recipe.seed)
     recipe.eval_every = recipe.eval_every or max(1, len(order) // 10)
+    n_layer = model.config.n_layer
+    spans = schedule(recipe.trainable, n_layer, len(order), len(epochs[0]), recipe.seed)
     weights = json.dumps(digests(dict(model.named_parameters()))).encode()
     record = {"flags": flags, "data": account, "weights": hashlib.sha256(weights).hexdigest(),
               "versions": {"python": platform.python_version(), "torch": torch.__version__}}
@@ -537,18 +531,17 @@ def prepare(flags: dict, parts, model: GPT, tokenizer, machine: Machine) -> Job:
 def lowest_trained(model: GPT, job: Job) -> int:
     """The lowest block that trains in any span; ValueError for a flag that has no effect then."""
     names = set().union(*(resolve(model, policy) for policy in {p for _, p in job.spans}))
-    layer = lowest_block(names, model.config.n_layer)
-    for flag, idle, why in (
-        ("lora_r", not any(map(ADAPTER.search, names)), "no adapter trains; add lora to it"),
-        ("cache_prefix", layer == 0, "no block lies below what trains"),
-        ("fsdp", len(job.spans) > 1, "what is sharded cannot change with time"),
-    ):
-        if vars(job.recipe)[flag] and idle:
-            raise ValueError(f"--{flag.replace('_', '-')}, --trainable {job.recipe.trainable}: {why}")
+    layer, policy = lowest_block(names, model.config.n_layer), job.recipe.trainable
+    if job.recipe.lora_r and not any(map(ADAPTER.search, names)):
+        raise ValueError(f"--lora-r: no adapter trains under --trainable {policy}; add lora to it")
+    if job.recipe.cache_prefix and layer == 0:
+        raise ValueError(f"--cache-prefix: no block lies below what trains in {policy}")
+    if job.recipe.fsdp and len(job.spans) > 1:
+        raise ValueError(f"--fsdp: what trains under {policy} changes, what is sharded cannot")
     return layer
 
 
-def check_out(out: Path, resume: bool, overwrite: bool, sources: list) -> None:
+def take_folder(out: Path, resume: bool, overwrite: bool, sources: list) -> None:
     """OSError unless the run folder is free, or holds a run that may be replaced or resumed."""
     held = (out / "metrics.jsonl").exists() or (out / "run.json").exists()
     if resume and not held:
@@ -563,7 +556,7 @@ def check_out(out: Path, resume: bool, overwrite: bool, sources: list) -> None:
             raise FileExistsError(f"--out {out}: holds {path}, from which this run starts")
 
 
-def occupy(out: Path, step: int) -> None:
+def begin_folder(out: Path, step: int) -> None:
     """Empty the run folder (what others put there stays), or cut what a resumed run repeats."""
     out.mkdir(parents=True, exist_ok=True)
     lines = [line for line in read_records(out / "metrics.jsonl") if line["step"] <= step]
@@ -571,29 +564,6 @@ def occupy(out: Path, step: int) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     with open(out / "metrics.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines if step)
-
-
-def save_result(job: Job, model: GPT, folder: Path, tokenizer) -> None:
-    """model/ if full weights trained or the head was untied, adapter/ if there is one."""
-    trained = {name for proof in job.state.proofs for name in proof["trainable"]}
-    if job.recipe.untie_head or not all(map(ADAPTER.search, trained)):
-        model.save_pretrained(job.out / "model", base_only=True, eos_id=tokenizer.eot_token)
-        copy_tokenizer(folder, job.out / "model")
-        folder = job.out / "model"
-    if any(ADAPTER.search(name) for name, _ in model.named_parameters()):
-        save_lora(model, job.out / "adapter", base=str(folder.resolve()))
-
-
-def answer_test(job: Job, model: GPT, tokenizer, test: list, limit: int) -> float:
-    """Answer the test records into responses.jsonl and show three; the share that is right."""
-    answers = generate_responses(model, tokenizer, test, job.recipe.template, limit,
-                                 job.out / "responses.jsonl")
-    for r in answers[:3]:
-        say(f"prompt   {textwrap.shorten(r['instruction'] + ' ' + r['input'], 80)}")
-        say(f"answer   {textwrap.shorten(r['model_response'], 80)}")
-    right = [r["ended"] and exact_match(r["model_response"], r["output"]) for r in answers]
-    say(f"test     {sum(right) / len(right):.1%} of {len(right)} answers are exactly right")
-    return sum(right) / len(right)
 
 
 def run(args) -> int:
@@ -608,20 +578,20 @@ def run(args) -> int:
         dist.barrier()
     model, tokenizer = load_model(folder, adapter, vars(args))
     job = prepare(fill_in(vars(args), model, adapter, machine), parts, model, tokenizer, machine)
-    layer, state, out = lowest_trained(model, job), job.state, job.out
-    check_out(out, args.resume, args.overwrite, [folder, adapter])
+    layer, out = lowest_trained(model, job), job.out
+    take_folder(out, args.resume, args.overwrite, [folder, adapter])
     if args.resume and (out / "run.json").exists():
         refuse_another_run(read_json(out / "run.json"), job.record, out)
         say(f"{out}: the run is complete; evaluate.py {out} scores it")
         return 0
     saved = load_checkpoint(job, model) if args.resume else None
     if machine.rank == 0:
-        occupy(out, job.state.step)
-
+        begin_folder(out, job.state.step)
     say(f"data     {args.data}: {parts.rows} records ({parts.split}); {len(job.train)} train, "
         f"{len(job.val)} validate, {len(parts.test)} test")
-    say(f"model    {args.model} on {machine.device}, {job.recipe.dtype}: {len(job.order)} steps from "
-        f"{job.state.step}, lr {job.recipe.lr:g}")
+    say(f"model    {args.model} on {machine.device} in {job.recipe.dtype}; steps {job.state.step} to "
+        f"{len(job.order)}, lr {job.recipe.lr:g}")
+
     model.to(machine.device)
     speed_up_blocks(model, job)
     if args.fsdp:
@@ -637,41 +607,53 @@ def run(args) -> int:
     if not finished:
         say(f"\nstopped after step {job.state.step}; the same command with --resume goes on")
         return 128 + (noted or [signal.SIGTERM])[0]
-    return finish(job, model, folder, tokenizer, [] if args.no_responses else parts.test)
+    finish(job, model, folder, tokenizer, [] if args.no_responses else parts.test)
+    return 0
 
 
-def finish(job: Job, model: GPT, folder: Path, tokenizer, test: list) -> int:
-    """Save the model and run.json, answer the test records; returns the exit code."""
-    for module in model.modules():
+def finish(job: Job, model: GPT, folder: Path, tokenizer, test: list) -> None:
+    """Save what was trained and run.json, then answer the test records."""
+    for module in model.modules() if hasattr(model, "unshard") else ():
         if hasattr(module, "unshard"):
             module.unshard()  # put together again, in every process
     if job.machine.world > 1:
         dist.barrier()
         dist.destroy_process_group()
     if job.machine.rank > 0:
-        return 0
-    state, proofs = job.state, job.state.proofs
+        return
+    out, state = job.out, job.state
     limit = min(model.config.block_size, 2 * max(len(e.ids) - e.n_prompt for e in job.train))
     figures = {"steps": state.step, "train_loss": sum(state.losses) / len(state.losses),
                "val_loss": state.val_loss, "exact_match": None, "seconds": round(state.seconds, 3),
                "tokens_per_second": round(state.tokens / state.seconds, 1),
                "peak_memory_bytes": peak_memory(job.machine.device), "max_new_tokens": limit}
-    save_result(job, model, folder, tokenizer)
-    record = job.record | {"freeze": proofs, "train": figures}
-    write_json(job.out / "run.json", record)
-    for path in job.out.glob("checkpoint.*"):
+    record = job.record | {"freeze": state.proofs, "train": figures}
+    trained = {name for proof in state.proofs for name in proof["trainable"]}
+    if job.recipe.untie_head or not all(map(ADAPTER.search, trained)):
+        model.save_pretrained(out / "model", base_only=True, eos_id=tokenizer.eot_token)
+        copy_tokenizer(folder, out / "model")
+        folder = out / "model"
+    if any(ADAPTER.search(name) for name, _ in model.named_parameters()):
+        save_lora(model, out / "adapter", base=str(folder.resolve()))
+    write_json(out / "run.json", record)
+    for path in out.glob("checkpoint.*"):
         path.unlink()
-    plot_losses(read_records(job.out / "metrics.jsonl"), job.out / "loss.png")
+    plot_losses(read_records(out / "metrics.jsonl"), out / "loss.png")
     say(f"trained  {state.step} steps in {state.seconds:.0f} s, {figures['tokens_per_second']:,.0f} "
-        f"tokens/s, peak memory {figures['peak_memory_bytes'] / 2**30:.2f} GiB")
-    say(f"proved   {len(proofs[-1]['frozen'])} frozen tensors are bit-identical, "
-        f"{len(proofs[-1]['trainable'])} trainable ones have changed; "
-        f"{sum(sum(proof['checks'].values()) for proof in proofs)} checks passed")
+        f"tokens/s, val loss {state.val_loss:.3f}, {figures['peak_memory_bytes'] / 2**30:.2f} GiB")
+    say(f"proved   {len(state.proofs[-1]['frozen'])} frozen tensors are bit-identical, "
+        f"{len(state.proofs[-1]['trainable'])} trainable ones have changed")
     if test:
-        figures["exact_match"] = answer_test(job, model, tokenizer, test, limit)
-        write_json(job.out / "run.json", record)
-    say(f"saved    {job.out}")
-    return 0
+        answers = generate_responses(model, tokenizer, test, job.recipe.template, limit,
+                                     out / "responses.jsonl")
+        for r in answers[:3]:
+            say(f"prompt   {textwrap.shorten(r['instruction'] + ' ' + r['input'], 80)}")
+            say(f"answer   {textwrap.shorten(r['model_response'], 80)}")
+        right = [r["ended"] and exact_match(r["model_response"], r["output"]) for r in answers]
+        figures["exact_match"] = sum(right) / len(right)
+        write_json(out / "run.json", record)
+        say(f"test     {figures['exact_match']:.1%} of {len(right)} answers are exactly right")
+    say(f"saved    {out}")
 
 
 def number(kind, low, high=math.inf):
@@ -688,8 +670,8 @@ def parse_args(argv=None):
     """The flags, in reading order."""
     parser = argparse.ArgumentParser(
         description="Finetune a GPT-2 on instructions; prove what was frozen and what trained.",
-        epilog="auto: models below 10 M parameters take lr 3e-4, 3 epochs, batches of 16; larger ones "
-        "lr 5e-5, 2 epochs, batches of 8. Adapters learn ten times as fast as full weights.")
+        epilog="auto: models below 10 M parameters take lr 3e-4, 3 epochs, batches of 16; larger "
+        "ones lr 5e-5, 2 epochs, batches of 8. Adapters learn ten times as fast as full weights.")
     parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
     count, share = number(int, 1), number(float, 0, 0.99)
     add = parser.add_argument_group("what").add_argument
@@ -697,7 +679,7 @@ def parse_args(argv=None):
     add("--data", default="tiny", help="a file of records, a folder of parts, tiny, book, alpaca")
     add("--out", help="run folder to write (default: runs/MODEL-POLICY)")
     add = parser.add_argument_group("which weights").add_argument
-    add("--trainable", help="freeze policy: all, last_block, lora,norms, ... (default: all or lora)")
+    add("--trainable", help="freeze policy: all, last_block, lora,norms, ... (default: all)")
     add("--lora-r", type=count, help="rank of the adapters to add")
     add("--lora-alpha", type=number(float, 1e-6, 1e9), help="scale times rank (default: 2 r)")
     add("--lora-targets", help="suffixes of module names (default: c_attn,c_proj,c_fc)")
@@ -751,7 +733,8 @@ def main(argv=None) -> int:
     args = parse_args(argv)
     keep_freed_memory()
     try:
-        multiply_with_onednn(args.compile)
+        if not args.compile:  # the compiler insists on the setting's old name
+            multiply_with_onednn()
         return run(args)
     except KeyboardInterrupt:
         message, code = "interrupted", 130

@@ -42,8 +42,8 @@ class GPTConfig:
 
 
 class KVCache:
-    """Keys and values of the tokens so far, and the position (B, S) of each. Rows may end at different
-    lengths (B,): padding has a position that no token reaches."""
+    """Keys and values of the tokens so far, and the position (B, S) of each. Rows may end at other
+    lengths (B,) than their neighbours: padding has a position that no token reaches."""
 
     def __init__(self, batch_size: int, max_length: int, device=None):
         self.max_length = max_length
@@ -233,6 +233,8 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, *,
     """Continue prompts of different lengths in one batch; returns the new ids, without eos. A row
     leaves the batch at eos_id, after max_new_tokens, or where block_size is full. ValueError for an
     empty prompt, one that leaves no room for an id, and options that are impossible or idle."""
+    if not prompts:
+        return []
     block_size, device = model.config.block_size, model.wte.weight.device
     for i, prompt in enumerate(prompts):
         if not 0 < len(prompt) < block_size:
@@ -362,9 +364,9 @@ FILES = ("config.json", "vocab.json", "merges.txt", "model.safetensors")
 CONFIG_KEYS = {"n_positions": "block_size"} | {key: key for key in (  # config.json -> GPTConfig
     "vocab_size", "n_layer", "n_head", "n_embd", "layer_norm_epsilon", "tie_word_embeddings")}
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # stored as [in, out]
-OTHERS = {"adapter*": "an adapter: merge it first: python lora.py merge --base M --adapter A --out O",
-          "*.bin": "a pickle: convert it (transformers' save_pretrained)",
-          "hparams.json": "OpenAI's TensorFlow files: take a name, such as gpt2"}
+OTHERS = {"adapter*": "an adapter, merge it first: lora.py merge --base M --adapter THIS --out NEW",
+          "*.bin": "a pickle, convert it: save_pretrained of transformers",
+          "hparams.json": "OpenAI's TensorFlow files, take a published name: gpt2"}
 
 
 def model_folder(name_or_folder: str | Path) -> Path:
@@ -472,7 +474,7 @@ def download(url: str, path: Path, sha256: str | None = None, attempts: int = 3)
 
 
 def choose_device(name: str) -> torch.device:
-    """auto, cpu, cuda (of torchrun's processes each takes its own), cuda:1, mps; else ValueError."""
+    """auto, cpu, cuda (torchrun's processes: each its own), cuda:1, mps; ValueError if not here."""
     if name == "auto":
         name = getattr(torch.accelerator.current_accelerator(check_available=True), "type", "cpu")
     if name == "cuda":

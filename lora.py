@@ -1,136 +1,110 @@
 """
-Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685): add, switch, merge, save, load.
+LoRA (Hu et al. 2021, arXiv 2106.09685): add, switch, merge, save, load low-rank adapters.
 
     y = W x + b + s B A x     A [r, in], B [out, r], s = alpha / r; rsLoRA: alpha / sqrt(r)
 
-An adapted layer stays the nn.Linear it was, its weight under the same name in the same storage.
-New matrices are born trainable; nothing here freezes or unfreezes a parameter.
-Folders are PEFT's, checked against peft in both directions for GPT-2.
+An adapted layer stays the nn.Linear it was, its weight with the same name and storage. Nothing
+here freezes a parameter. Folders are PEFT's, checked against peft both ways.
 
     python lora.py merge --base tiny --adapter runs/X=0.5 runs/Y=0.5 --out merged
 """
 
 import argparse
-import math
 import re
 import sys
 import warnings
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
-from torch import Tensor
-
-
-@dataclass(frozen=True)
-class LoRAConfig:
-    r: int
-    lora_alpha: float
-    lora_dropout: float = 0.0  # on the input of A, while training
-    use_rslora: bool = False  # arXiv 2312.03732
-
-    def __post_init__(self):
-        if not (self.r >= 1 and self.lora_alpha > 0 and 0 <= self.lora_dropout < 1):
-            raise ValueError(f"r >= 1, alpha > 0, dropout in [0, 1) wanted, not {self}")
-
-    @property
-    def scale(self) -> float:
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
 
 class LoRALinear(nn.Linear):
-    """
-    A linear layer (..., in) -> (..., out) with adapters by name in lora_A, lora_B and configs;
-    active: a name, None, or a list with one of them per row. A and B are float32, as in PEFT:
-    bfloat16 loses small updates. The output has the dtype of the plain layer's.
-    """
+    """(..., in) -> (..., out), with adapters by name in lora_A, lora_B and configs; active: a name,
+    None, or a list of them, one per row. A and B are float32, as in PEFT."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         y = super().forward(x)
         if not isinstance(self.active, list):
             return self.adapt(self.active, x, y) if self.active in self.configs else y
         if len(self.active) != len(x):
-            raise ValueError(f"use_lora got {len(self.active)} rows, but the batch has {len(x)}")
+            raise ValueError(f"use_lora got {len(self.active)} rows, the batch has {len(x)}")
         for name in [n for n in self.configs if n in self.active]:  # in one order: dropout draws
             rows = [i for i, n in enumerate(self.active) if n == name]
             y[rows] = self.adapt(name, x[rows], y[rows])
         return y
 
-    def adapt(self, name: str, x: Tensor, y: Tensor) -> Tensor:
-        A, B, config = self.lora_A[name], self.lora_B[name], self.configs[name]
-        x = F.dropout(x.to(A.dtype), config.lora_dropout, self.training)
-        return (y + F.linear(F.linear(x, A) * config.scale, B)).to(y.dtype)
+    def adapt(self, name, x, y):
+        A, B, rate = self.lora_A[name], self.lora_B[name], self.configs[name]["lora_dropout"]
+        x = nn.functional.dropout(x.to(A.dtype), rate, self.training)
+        return (y + x @ A.T * self.scale(name) @ B.T).to(y.dtype)
+
+    def scale(self, name):
+        c = self.configs[name]
+        return c["lora_alpha"] / c["r"] ** (0.5 if c["use_rslora"] else 1)
 
 
-def _select(model: nn.Module, targets) -> dict[str, nn.Linear]:
-    """The layers that the targets hit, in the model's order; all of them can be adapted."""
+def _hits(name, pattern):
+    """Whether a name ends in what the regular expression matches, as in PEFT."""
+    return re.fullmatch(rf"(.*\.)?({pattern})", f"transformer.{name}")
+
+
+def _select(model, patterns):
     linears = {n: m for n, m in model.named_modules()
                if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
-    chosen = set()
-    for target in targets:
-        hits = {n for n in linears if fnmatchcase(n, target) or f".{n}".endswith(f".{target}")}
-        if not hits:
-            raise ValueError(f"target {target!r} hits no linear layer of {', '.join(linears)}")
-        chosen |= hits
-    encoders = [m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer)]
-    read = {m for encoder in encoders for m in encoder.modules()}  # by a fast path, not called
+    for pattern in patterns:
+        if not any(_hits(n, pattern) for n in linears):
+            raise ValueError(f"target {pattern} hits no linear layer of {', '.join(linears)}")
+    layers = {n: m for n, m in linears.items() if any(_hits(n, p) for p in patterns)}
+    fast = {m for e in model.modules() if isinstance(e, nn.TransformerEncoderLayer)
+            for m in e.modules()}  # read, not called
     weights = [p.data_ptr() or id(p) for _, p in model.named_parameters(remove_duplicate=False)]
-    for n in chosen:
-        layer, kind, W = linears[n], type(linears[n]).__name__, linears[n].weight
+    for n, layer in layers.items():
         if type(layer) not in (nn.Linear, LoRALinear):
-            kind = kind.replace("Conv1D", "transformers' Conv1D")
+            kind = type(layer).__name__.replace("Conv1D", "transformers' Conv1D")
             raise ValueError(f"target {n} is {kind}, not nn.Linear")
-        if layer in read or "forward" in vars(layer) or "weight" not in layer._parameters:
-            raise ValueError(f"target {n}: its weight is not used by nn.Linear's own forward")
-        if weights.count(W.data_ptr() or id(W)) > 1:
+        if layer in fast or "forward" in vars(layer) or "weight" not in layer._parameters:
+            raise ValueError(f"target {n}: its weight is not used by nn.Linear's forward")
+        if weights.count(layer.weight.data_ptr() or id(layer.weight)) > 1:
             raise ValueError(f"target {n} shares its weight: untie it (tie_word_embeddings=False)")
-    return {n: layer for n, layer in linears.items() if n in chosen}
-
-
-def _holders(model: nn.Module, name: str) -> dict[str, LoRALinear]:
-    layers = {n: m for n, m in model.named_modules() if name in getattr(m, "configs", ())}
-    if not layers:
-        raise ValueError(f"no adapter {name!r} in the model (a merged one is part of the weights)")
     return layers
 
 
-def _add(model: nn.Module, name: str, layers: list[tuple]) -> None:
+def _add(model, name, configs):
     if any(name in getattr(m, "configs", ()) for m in model.modules()):
-        raise ValueError(f"the model has an adapter {name!r} already: choose another name")
-    for layer, config, A, B in layers:
+        raise ValueError(f"adapter {name!r} is there already")
+    for layer, config in configs.items():
         if type(layer) is nn.Linear:
             layer.__class__ = LoRALinear  # in place: who holds it or its weight still does
-            layer.lora_A, layer.lora_B = nn.ParameterDict(), nn.ParameterDict()
-            layer.configs = {}
-        dtype = torch.promote_types(layer.weight.dtype, torch.float32)
-        layer.lora_A[name] = nn.Parameter(A.to(layer.weight.device, dtype))
-        layer.lora_B[name] = nn.Parameter(B.to(layer.weight.device, dtype))
+            layer.lora_A, layer.lora_B, layer.configs = nn.ParameterDict(), nn.ParameterDict(), {}
+        W, dtype = layer.weight, torch.promote_types(layer.weight.dtype, torch.float32)
+        layer.lora_A[name] = nn.Parameter(W.new_zeros(config["r"], W.shape[1], dtype=dtype))
+        layer.lora_B[name] = nn.Parameter(W.new_zeros(W.shape[0], config["r"], dtype=dtype))
         layer.configs[name] = config
     use_lora(model, name)
 
 
+def _holders(model, name):
+    layers = {n: m for n, m in model.named_modules() if name in getattr(m, "configs", ())}
+    if not layers:
+        raise ValueError(f"no adapter {name!r} (a merged one is part of the weights)")
+    return layers
+
+
 def add_lora(model: nn.Module, r=8, alpha=16, targets=("c_attn", "c_proj", "c_fc"), dropout=0.0,
              rslora=False, name="default") -> None:
-    """
-    Add an adapter and make it active; until B is trained it changes nothing (B = 0). targets:
-    suffixes of module names ("attn.c_proj" hits only that) or patterns with *. ValueError for one
-    that hits nothing or cannot be adapted, a taken name, a bad number.
-    """
-    config, layers = LoRAConfig(r, alpha, dropout, rslora), []
-    for layer in _select(model, [targets] if isinstance(targets, str) else targets).values():
-        A = nn.init.kaiming_uniform_(torch.empty(r, layer.in_features), a=math.sqrt(5))
-        layers.append((layer, config, A, torch.zeros(layer.out_features, r)))
-    _add(model, name, layers)
+    """Add an adapter and make it active; untrained it changes nothing (B = 0). targets: suffixes
+    of module names (attn.c_proj hits only that) or patterns with *. ValueError for one that hits
+    nothing or cannot be adapted, or a taken name."""
+    layers = _select(model, [re.escape(t).replace(r"\*", ".*") for t in targets]).values()
+    config = {"r": r, "lora_alpha": alpha, "lora_dropout": dropout, "use_rslora": rslora}
+    _add(model, name, dict.fromkeys(layers, config))
+    for layer in layers:
+        nn.init.kaiming_uniform_(layer.lora_A[name], a=5**0.5)
 
 
 def use_lora(model: nn.Module, name: str | None | list[str | None]) -> None:
-    """
-    Make an adapter active; None: the base; a list: one name or None per batch row. Layers without
-    it compute as the base. ValueError for an unknown name.
-    """
+    """Activate an adapter, None (the base), or a list: a name or None per batch row."""
     for n in set(name if isinstance(name, list) else [name]) - {None}:
         _holders(model, n)
     for layer in model.modules():
@@ -140,19 +114,15 @@ def use_lora(model: nn.Module, name: str | None | list[str | None]) -> None:
 
 @torch.no_grad()
 def merge_lora(model: nn.Module, name="default", weight=1.0) -> None:
-    """
-    W += weight s B A, summed in float64; other adapters stay, a layer without any is a plain
-    nn.Linear again. ValueError, and nothing is changed, if there is no such adapter (merged
-    already) or a merged weight is not finite.
-    """
-    layers, merged = _holders(model, name), []
-    for n, layer in layers.items():  # on the CPU: float64 exists, and autocast leaves it alone
+    """W += weight s B A, summed in float64. Other adapters stay; a layer without one is nn.Linear
+    again. ValueError, with nothing changed, for an unknown adapter and sums that are not finite."""
+    merged = {}
+    for n, layer in _holders(model, name).items():  # float64, CPU: no autocast, no TF32
         W, A, B = (t.cpu().double() for t in (layer.weight, layer.lora_A[name], layer.lora_B[name]))
-        W = (W + weight * layer.configs[name].scale * B @ A).to(layer.weight.dtype)
-        if not W.isfinite().all():
+        merged[layer] = (W + weight * layer.scale(name) * B @ A).to(layer.weight.dtype)
+        if not merged[layer].isfinite().all():
             raise ValueError(f"merging {name!r} would make {n}.weight NaN or inf")
-        merged.append(W)
-    for layer, W in zip(layers.values(), merged):
+    for layer, W in merged.items():
         layer.weight.copy_(W)
         del layer.lora_A[name], layer.lora_B[name], layer.configs[name]
         if not layer.configs:
@@ -160,114 +130,96 @@ def merge_lora(model: nn.Module, name="default", weight=1.0) -> None:
             layer.__class__ = nn.Linear
 
 
-def lora_state_dict(model: nn.Module, name="default") -> dict[str, Tensor]:
+def lora_state_dict(model: nn.Module, name="default") -> dict[str, torch.Tensor]:
     """The entries of model.state_dict() that are one adapter's."""
     return {f"{n}.{kind}.{name}": getattr(layer, kind)[name].detach()
             for n, layer in _holders(model, name).items() for kind in ("lora_A", "lora_B")}
 
 
-# Options that are read, or change nothing that a trained adapter computes; no other may be set.
+# Options read below, or without effect once trained; no other may be set.
 KNOWN = set("""peft_type task_type base_model_name_or_path r lora_alpha lora_dropout target_modules
     rank_pattern alpha_pattern use_rslora bias init_lora_weights fan_in_fan_out inference_mode
-    revision auto_mapping peft_version megatron_core qalora_group_size""".split())
+    auto_mapping peft_version megatron_core qalora_group_size""".split())
 VALUES = {"peft_type": ["LORA"], "bias": ["none"], "init_lora_weights": [True, "gaussian"]}
-
-
-def _peft_path(name: str) -> str:
-    return name if name == "lm_head" else f"transformer.{name}"  # as in GPT2LMHeadModel
 
 
 def save_lora(model: nn.Module, folder: str | Path, name="default", base="gpt2") -> None:
     """Write an adapter as a PEFT folder. base: its model, a hub name or a folder."""
     from gpt import write_json, write_safetensors
 
-    folder, tensors = Path(folder), {}
+    if Path(base, "config.json").is_file():
+        base = Path(base).resolve()
+    configs = {n: layer.configs[name] for n, layer in _holders(model, name).items()}
+    first, tensors = next(iter(configs.values())), {}
     for key, tensor in lora_state_dict(model, name).items():
-        tensors[f"base_model.model.{_peft_path(key.removesuffix(name))}weight"] = tensor
-    configs = {_peft_path(n): layer.configs[name] for n, layer in _holders(model, name).items()}
-    first = next(iter(configs.values()))
-    folder.mkdir(parents=True, exist_ok=True)
-    write_safetensors(folder / "adapter_model.safetensors", tensors)
-    write_json(folder / "adapter_config.json", {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", **vars(first), "fan_in_fan_out": True,
-        "base_model_name_or_path": str(Path(base).resolve() if Path(base).is_dir() else base),
-        "target_modules": sorted(configs),
-        "rank_pattern": {p: c.r for p, c in configs.items() if c.r != first.r},
-        "alpha_pattern": {p: c.lora_alpha for p, c in configs.items()
-                          if c.lora_alpha != first.lora_alpha}})
+        path = key if key.startswith("lm_head.") else f"transformer.{key}"
+        tensors[f"base_model.model.{path.removesuffix(name)}weight"] = tensor
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    write_safetensors(Path(folder, "adapter_model.safetensors"), tensors)
+    write_json(Path(folder, "adapter_config.json"), {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "fan_in_fan_out": True, **first,
+        "base_model_name_or_path": str(base), "target_modules": list(configs),
+        "rank_pattern": {n: c["r"] for n, c in configs.items() if c != first},
+        "alpha_pattern": {n: c["lora_alpha"] for n, c in configs.items() if c != first}})
 
 
-def _read_adapter(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
+def _read_adapter(folder):
     from gpt import read_json, read_safetensors
 
-    config = read_json(Path(folder, "adapter_config.json"))
+    folder = Path(folder, "adapter") if Path(folder, "adapter").is_dir() else Path(folder)
+    config = read_json(folder / "adapter_config.json")
     for key in ("peft_type", "r", "lora_alpha", "target_modules"):
-        if not config.get(key):  # PEFT takes a default without a word
+        if not config.get(key):  # PEFT has silent defaults
             raise ValueError(f"{folder}: adapter_config.json lacks {key}")
     for key, value in config.items():
         if value and (key not in KNOWN or value not in VALUES.get(key, [value])):
             raise ValueError(f"{folder}: {key} {value!r} is not supported")
-    if Path(folder, "adapter_model.bin").exists():
-        raise ValueError(f"{folder}: adapter_model.bin is a pickle: save as safetensors with peft")
-    return config, read_safetensors(Path(folder, "adapter_model.safetensors"))
+    weights = folder / "adapter_model.safetensors"
+    if not weights.exists():
+        raise FileNotFoundError(f"no {weights} (load adapter_model.bin with peft and save it again)")
+    return config, read_safetensors(weights)
 
 
 def load_lora(model: nn.Module, folder: str | Path, name="default") -> None:
-    """
-    Add the adapter of a PEFT folder and make it active. ValueError, and nothing is changed, for an
-    option that we do not have, a layer that cannot be adapted, and what PEFT passes over: a tensor
-    that is missing, not of these settings and this model, misshapen or not finite.
-    """
+    """Add a PEFT folder's adapter and make it active. ValueError, with nothing changed, for options
+    that we do not have, layers that cannot be adapted, and tensors that do not fit."""
     config, tensors = _read_adapter(folder)
-    targets, layers = config["target_modules"], []
-    if isinstance(targets, str):  # one regular expression
-        regex = r"(?!lm_head$).*" if targets == "all-linear" else targets
-        names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-        targets = [n for n in names if re.fullmatch(regex, _peft_path(n))]
-    for n, layer in _select(model, [t.removeprefix("transformer.") for t in targets]).items():
-        path = _peft_path(n)
-        settings = {key: config[key] for key in LoRAConfig.__annotations__ if key in config}
-        for key, patterns in ("r", "rank_pattern"), ("lora_alpha", "alpha_pattern"):
-            values = (config.get(patterns) or {}).items()
-            hits = [v for p, v in values if re.match(rf"(.*\.)?({p})$", path)]
-            settings[key] = [*hits, config[key]][0]  # as in PEFT: the first that the path ends in
-        c = LoRAConfig(**settings)
-        pair = [tensors.pop(f"base_model.model.{path}.lora_{kind}.weight", None) for kind in "AB"]
-        shapes = [(c.r, layer.in_features), (layer.out_features, c.r)]
-        for tensor, shape in zip(pair, shapes):
-            if tensor is None or tensor.shape != shape or not tensor.isfinite().all():
-                raise ValueError(f"{folder}: no finite lora_A and lora_B of shapes {shapes} for {n}")
-        layers.append((layer, c, *pair))
-    if tensors:
-        raise ValueError(f"{folder}: {min(tensors)} is not of its targets in this model")
-    _add(model, name, layers)
+    targets, configs, shapes = config["target_modules"], {}, {}
+    patterns = [targets] if isinstance(targets, str) else [re.escape(t) for t in targets]
+    layers = _select(model, [".*(?<!lm_head)"] if targets == "all-linear" else patterns)
+    for n, layer in layers.items():
+        c = {k: config.get(k, 0) for k in ("r", "lora_alpha", "lora_dropout", "use_rslora")}
+        for key, option in ("r", "rank_pattern"), ("lora_alpha", "alpha_pattern"):
+            values = [v for p, v in (config.get(option) or {}).items() if _hits(n, p)]
+            c[key] = [*values, c[key]][0]
+        configs[layer] = c
+        shapes[f"{n}.lora_A.{name}"] = (c["r"], layer.in_features)
+        shapes[f"{n}.lora_B.{name}"] = (layer.out_features, c["r"])
+    ours = re.compile(r"base_model\.model\.(?:transformer\.)?(.*\.)weight")
+    tensors = {ours.sub(rf"\g<1>{name}", key): t for key, t in tensors.items()}
+    theirs = {key: t.shape if t.isfinite().all() else () for key, t in tensors.items()}
+    if wrong := shapes.items() ^ theirs.items():
+        raise ValueError(f"{folder}: {min(wrong)[0]} is missing, extra, misshapen or not finite")
+    _add(model, name, configs)
+    model.load_state_dict(tensors, strict=False)
 
 
-def _folder(path: str) -> Path:
-    return Path(path, "adapter") if Path(path, "adapter").is_dir() else Path(path)
-
-
-def run(args) -> None:
+def run(args):
+    if args.command == "show":
+        print(*_read_adapter(args.folder)[0].items(), sep="\n")
+        return
     from data import copy_tokenizer
     from gpt import GPT, model_folder, read_json
 
-    if args.command == "show":
-        config, tensors = _read_adapter(_folder(args.folder))
-        for key, value in config.items():
-            print(f"{key}: {value}")
-        for key, tensor in tensors.items():
-            print(f"{key} {list(tensor.shape)}, norm {tensor.float().norm():.4g}")
-        return
     if args.out.exists():
-        raise ValueError(f"--out {args.out} is there already: choose another folder or remove it")
+        raise ValueError(f"--out {args.out} is there already")
     source = model_folder(args.base)
     model = GPT.from_pretrained(source)
     for text in args.adapter:
-        path, weight = re.fullmatch(r"(.*?)(?:=([-+\d.e]+))?", text).groups()
-        folder = _folder(path)
-        trained_on = _read_adapter(folder)[0].get("base_model_name_or_path") or ""
-        if Path(trained_on, "config.json").is_file() and not source.samefile(trained_on):
-            raise ValueError(f"{folder} was trained on {trained_on}, not on --base {source}")
+        folder, _, weight = text.partition("=")
+        base = Path(_read_adapter(folder)[0].get("base_model_name_or_path") or source)
+        if (base / "config.json").is_file() and not base.samefile(source):
+            raise ValueError(f"{folder} was trained on {base}: give that as --base")
         load_lora(model, folder)
         merge_lora(model, weight=float(weight or 1))
     model.save_pretrained(args.out, eos_id=read_json(source / "config.json").get("eos_token_id"))
@@ -278,17 +230,16 @@ def main(argv=None) -> int:
     warnings.filterwarnings("ignore", "Failed to initialize NumPy")
     parser = argparse.ArgumentParser(description="Show or merge LoRA adapters.")
     commands = parser.add_subparsers(dest="command", required=True)
-    show = commands.add_parser("show", help="print settings and tensors")
-    show.add_argument("folder", help="a PEFT or run folder")
-    merge = commands.add_parser("merge", help="write base + weighted adapters as a model folder")
-    merge.add_argument("--base", required=True, help="model folder or name")
+    show = commands.add_parser("show")
+    show.add_argument("folder")
+    merge = commands.add_parser("merge")
+    merge.add_argument("--base", required=True)
     merge.add_argument("--adapter", required=True, action="extend", nargs="+", metavar="F[=WEIGHT]")
     merge.add_argument("--out", required=True, type=Path)
     for each in parser, show, merge:
         each.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
-    args = parser.parse_args(argv)
     try:
-        run(args)
+        run(parser.parse_args(argv))
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1

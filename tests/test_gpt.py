@@ -25,12 +25,12 @@ WTE = "transformer.wte.weight"
 
 
 def random_model(config=SMALL):
-    """Weights far from their init, biases and norms too, so that no term of the sum is invisible."""
+    """Weights far from their init, biases and norms too: no term of the sum is invisible."""
     torch.manual_seed(0)
     model = GPT(config).eval()
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
+            p.add_(torch.randn_like(p) * 0.25)
     return model
 
 
@@ -54,9 +54,13 @@ def edit_config(folder, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def files(folder):
+    return read_safetensors(folder / "model.safetensors")
+
+
 def edit(folder, change):
     """Let change(tensors) edit the weights of a folder."""
-    tensors = read_safetensors(folder / "model.safetensors")
+    tensors = files(folder)
     change(tensors)
     write_safetensors(folder / "model.safetensors", tensors)
 
@@ -110,21 +114,12 @@ def test_a_block_equals_torch_transformer_encoder_layer(model):
         torch.testing.assert_close(block(x), expected, atol=2e-6, rtol=0)
 
 
-def test_changing_a_later_token_never_changes_earlier_logits(model):
-    x = ids(1, 12)
-    y = x.clone()
-    y[0, 7] = (y[0, 7] + 1) % SMALL.vocab_size
-    with torch.no_grad():
-        a, b = model(x), model(y)
-    assert torch.equal(a[:, :7], b[:, :7]) and not torch.allclose(a[:, 7:], b[:, 7:])
-
-
-@pytest.mark.parametrize("k", range(4))
-def test_blocks_run_in_two_parts_give_the_bits_of_one(model, k):
+def test_blocks_run_in_two_parts_give_the_bits_of_one(model):
     x = ids(2, 9)
-    hidden = model.run_blocks(model.embed(x), 0, k)
-    assert torch.equal(model.lm_head(model.ln_f(model.run_blocks(hidden, k))), model(x))
     assert torch.equal(model.features(x), model.ln_f(model.run_blocks(model.embed(x))))
+    for k in range(4):
+        hidden = model.run_blocks(model.run_blocks(model.embed(x), 0, k), k)
+        assert torch.equal(model.lm_head(model.ln_f(hidden)), model(x))
 
 
 @pytest.mark.parametrize("n_embd, n_layer, n_head, count", [
@@ -150,16 +145,13 @@ def test_new_weights_have_gpt2_s_spread_and_those_that_add_to_the_residual_strea
 @pytest.mark.parametrize("site", ["drop", "attn", "attn.resid_dropout", "mlp.dropout"])
 def test_dropout_acts_at_each_of_its_four_places_and_in_training_only(folder, site):
     model, x = GPT.from_pretrained(folder, dropout=0.5), ids(2, 8)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            assert module.p == 0.5
-            module.p = 0.0
-    for block in model.h:
-        assert block.attn.dropout == 0.5
-        block.attn.dropout = 0.0
+    probability = lambda m: {torch.nn.Dropout: "p", gpt.CausalSelfAttention: "dropout"}.get(type(m))
+    for module in filter(probability, model.modules()):
+        assert getattr(module, probability(module)) == 0.5
+        setattr(module, probability(module), 0.0)
     assert torch.equal(model(x), model(x))
     module = model.drop if site == "drop" else model.h[1].get_submodule(site)
-    setattr(module, "dropout" if site == "attn" else "p", 0.5)
+    setattr(module, probability(module), 0.5)
     assert not torch.equal(model(x), model(x))
     assert torch.equal(model.eval()(x), model(x))
 
@@ -194,18 +186,12 @@ PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3, 5], [8], list(range(20)), list(range
 ROOM = [9, 9, 9, 4, 1]  # of nine new ids each; the last two fill the block
 
 
-def test_a_batch_of_different_lengths_gives_what_each_prompt_gives_alone(model):
-    answers = generate(model, PROMPTS, 9)
-    assert answers == [one_by_one(model, p, 9) for p in PROMPTS]
-    assert [len(a) for a in answers] == ROOM
-
-
-def test_each_row_stops_at_its_eos_which_is_not_returned(model):
+def test_a_batch_gives_what_each_prompt_gives_alone_up_to_its_eos_or_a_full_block(model):
     free = generate(model, PROMPTS, 9)
-    for eos_id in {free[0][4], free[1][2], free[2][0]}:
-        stopped = generate(model, PROMPTS, 9, eos_id=eos_id)
-        assert stopped == [a[:a.index(eos_id)] if eos_id in a else a for a in free] != free
-        assert stopped == [one_by_one(model, p, 9, eos_id) for p in PROMPTS]
+    assert [len(answer) for answer in free] == ROOM
+    for eos_id in (None, free[0][4], free[1][2], free[2][0]):
+        expected = [one_by_one(model, p, 9, eos_id) for p in PROMPTS]
+        assert generate(model, PROMPTS, 9, eos_id=eos_id) == expected
 
 
 def watch(model):
@@ -236,6 +222,7 @@ def test_what_all_prompts_begin_with_is_computed_once(model):
     assert generate(model, prompts, 5) == expected
     assert counts[:2] == [4, 7 * 2]
     assert generate(model, [prompts[0]] * 3, 5) == [expected[0]] * 3
+    assert generate(model, [], 5) == []
 
 
 class PerRow(torch.nn.Module):
@@ -328,17 +315,14 @@ def test_saving_and_loading_gives_the_same_model_without_torchs_compiler(model, 
     for (name, p), (other, q) in zip(model.named_parameters(), again.named_parameters()):
         assert name == other and torch.equal(p, q) and q.requires_grad and q.is_contiguous()
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
+    for given, written in ((None, 60), (5, 5), (0, 0)):
+        GPT(gpt.replace(SMALL, dropout=0.3)).save_pretrained(folder, eos_id=given)
+        config = json.loads((folder / "config.json").read_text())
+        assert config["eos_token_id"] == config["bos_token_id"] == written
+        assert {config[key] for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop")} == {0.3}
     code = f"import gpt, sys; gpt.GPT.from_pretrained({str(folder)!r}); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert "gpt" in done.stdout.split() and not {"torch._dynamo", "sympy"} & {*done.stdout.split()}
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_files_of_every_float_dtype_load_as_float32(model, folder, dtype):
-    edit(folder, lambda tensors: tensors.update({n: t.to(dtype) for n, t in tensors.items()}))
-    loaded = GPT.from_pretrained(folder)
-    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
-    assert torch.equal(loaded.h[1].mlp.c_fc.weight, model.h[1].mlp.c_fc.weight.to(dtype).float())
 
 
 def older(tensors):
@@ -352,11 +336,18 @@ def older(tensors):
 
 @pytest.mark.parametrize("change", [
     older, lambda t: t.update({"lm_head.weight": t[WTE].clone()}),
-    lambda t: t.update({"lm_head.weight": t.pop(WTE)})])
-def test_files_in_other_forms_load_as_the_same_tied_model(model, folder, change):
+    lambda t: t.update({"lm_head.weight": t.pop(WTE)}),
+    *(lambda t, dtype=dtype: t.update({name: p.to(dtype) for name, p in t.items()})
+      for dtype in (torch.float16, torch.bfloat16, torch.float64))])
+def test_files_in_other_forms_load_as_the_same_tied_model_in_float32(model, folder, change):
     edit(folder, change)
-    x, loaded = ids(1, 9), GPT.from_pretrained(folder).eval()
-    assert torch.equal(loaded(x), model(x)) and loaded.lm_head.weight is loaded.wte.weight
+    edit_config(folder, n_inner=128, activation_function="gelu_pytorch_tanh", n_ctx=7)
+    loaded, x = GPT.from_pretrained(folder).eval(), ids(1, 9)
+    assert loaded.lm_head.weight is loaded.wte.weight
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=0.05)
+    rounded = {"float16", "bfloat16"} & {str(t.dtype)[6:] for t in files(folder).values()}
+    assert rounded or torch.equal(loaded(x), model(x))
 
 
 def test_the_head_is_tied_untied_or_its_own_as_asked(model, folder, tmp_path):
@@ -366,7 +357,7 @@ def test_the_head_is_tied_untied_or_its_own_as_asked(model, folder, tmp_path):
     with torch.no_grad():
         untied.lm_head.weight.mul_(2)
     untied.save_pretrained(tmp_path / "untied")
-    edit(folder, lambda t: t.update({"lm_head.weight": t[WTE] * 2}))  # differs, the config says tied
+    edit(folder, lambda t: t.update({"lm_head.weight": t[WTE] * 2}))  # but the config says tied
     for path in (folder, tmp_path / "untied"):
         loaded = GPT.from_pretrained(path)
         assert not loaded.config.tie_word_embeddings
@@ -376,14 +367,12 @@ def test_the_head_is_tied_untied_or_its_own_as_asked(model, folder, tmp_path):
             GPT.from_pretrained(path, tie_word_embeddings=True)
 
 
-def shard(folder, change=lambda weight_map: None):
-    tensors = read_safetensors(folder / "model.safetensors")
+def shard(folder):
+    tensors, weight_map = files(folder), {}
     (folder / "model.safetensors").unlink()
-    weight_map = {}
     for i, names in enumerate((list(tensors)[:9], list(tensors)[9:]), 1):
         weight_map |= dict.fromkeys(names, f"model-0000{i}-of-00002.safetensors")
         write_safetensors(folder / weight_map[names[0]], {name: tensors[name] for name in names})
-    change(weight_map)
     index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
@@ -407,12 +396,12 @@ def swap(folder, old, new):
     (lambda f: edit(f, lambda t: t.pop(FIRST)), "Missing.*h.0.attn.c_attn.weight"),
     (lambda f: edit(f, lambda t: t.pop(WTE)), "wte.weight"),
     (lambda f: edit(f, lambda t: t.update(extra=torch.ones(1))), "Unexpected.*extra"),
-    (lambda f: edit(f, lambda t: t.update({FIRST: t[FIRST].t()})), "mismatch for h.0.attn.c_attn.weight"),
+    (lambda f: edit(f, lambda t: t.update({FIRST: t[FIRST].t()})), "size mismatch for h.0.attn"),
     (lambda f: edit(f, lambda t: t[FIRST].fill_(float("nan"))), "h.0.attn.c_attn.weight .*NaN"),
     (lambda f: edit(f, lambda t: t[FIRST][0, 0].fill_(float("inf"))), "c_attn.weight .*inf"),
-    (lambda f: edit(f, lambda t: t.update({FIRST: t[FIRST].double() * 1e300})), "c_attn.weight .*inf"),
+    (lambda f: edit(f, lambda t: t.update({FIRST: t[FIRST].double() * 1e300})), "weight .*inf"),
     (lambda f: edit(f, lambda t: t.update({FIRST: t[FIRST].int()})), "c_attn.weight .*integers"),
-    (lambda f: edit(f, lambda t: t.update({"wte.weight": t[WTE] * 2})), "wte.weight is there twice"),
+    (lambda f: edit(f, lambda t: t.update({"wte.weight": t[WTE] * 2})), "wte.weight is there tw"),
     (lambda f: edit_config(f, n_layer=2), "Unexpected.*h.2."),
     (lambda f: edit_config(f, n_layer=4), "Missing.*h.3."),
     (lambda f: edit_config(f, n_positions=23), "mismatch for wpe.weight"),
@@ -420,16 +409,16 @@ def swap(folder, old, new):
     (lambda f: edit_config(f, model_type="llama"), "model_type 'llama'"),
     (lambda f: edit_config(f, activation_function="relu"), "activation_function 'relu'"),
     (lambda f: edit_config(f, scale_attn_weights=False), "scale_attn_weights False"),
-    (lambda f: edit_config(f, scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx"),
+    (lambda f: edit_config(f, scale_attn_by_inverse_layer_idx=True), "inverse_layer_idx True"),
     (lambda f: edit_config(f, add_cross_attention=True), "add_cross_attention"),
     (lambda f: edit_config(f, n_inner=100), "n_inner 100"),
     (lambda f: (f / "config.json").write_text("{"), "config.json: not JSON"),
     (lambda f: (f / "config.json").unlink(), "model"),
     (lambda f: (f / "model.safetensors").unlink(), "no config.json with model.safetensors"),
-    (lambda f: swap(f, "model.safetensors", "pytorch_model.bin"), "a pickle: convert it"),
+    (lambda f: swap(f, "model.safetensors", "pytorch_model.bin"), "a pickle, convert it"),
     (lambda f: swap(f, "config.json", "hparams.json"), "TensorFlow"),
     (lambda f: (swap(f, "config.json", "adapter_config.json"),
-                swap(f, "model.safetensors", "adapter_model.safetensors")), "merge it first: python lora"),
+                swap(f, "model.safetensors", "adapter_model.safetensors")), "merge it first"),
     (lambda f: (f / "model.safetensors").write_text("version https://git-lfs"), "git lfs pull"),
 ])
 def test_a_folder_that_lies_or_is_of_another_kind_is_refused_by_name(folder, damage, message):
@@ -437,11 +426,6 @@ def test_a_folder_that_lies_or_is_of_another_kind_is_refused_by_name(folder, dam
     with pytest.raises((ValueError, OSError), match=message) as caught:
         GPT.from_pretrained(folder)
     assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
-
-
-def test_settings_that_mean_the_same_load(model, folder):
-    edit_config(folder, n_inner=128, activation_function="gelu_pytorch_tanh", n_ctx=7, use_cache=0)
-    assert torch.equal(GPT.from_pretrained(folder).wte.weight, model.wte.weight)
 
 
 def test_unmerged_adapters_are_not_saved_away_in_silence(model, tmp_path):
@@ -452,14 +436,6 @@ def test_unmerged_adapters_are_not_saved_away_in_silence(model, tmp_path):
     assert not (tmp_path / "x").exists()
     model.save_pretrained(tmp_path / "x", base_only=True)
     assert torch.equal(GPT.from_pretrained(tmp_path / "x").wte.weight, model.wte.weight)
-
-
-@pytest.mark.parametrize("given, written", [(None, 60), (5, 5), (0, 0)])
-def test_the_config_names_the_end_token_and_the_dropout(tmp_path, given, written):
-    GPT(gpt.replace(SMALL, dropout=0.3)).save_pretrained(tmp_path, eos_id=given)
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert config["eos_token_id"] == config["bos_token_id"] == written
-    assert {config[key] for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop")} == {0.3}
 
 
 def test_runs_are_located_with_their_adapter_and_their_base(folder, tmp_path):
@@ -495,6 +471,10 @@ def test_safetensors_round_trip_and_agree_with_the_library(tmp_path):
     assert same(library.load_file(ours))
     library.save_file({n: t.contiguous() for n, t in tensors.items()}, theirs)
     assert same(read_safetensors(theirs))
+    ours.write_bytes(raw(json.dumps({"a": entry(0, 4)}).encode() + b"   ", struct.pack("<f", 1.5)))
+    assert read_safetensors(ours)["a"].tolist() == [1.5]  # at an odd address
+    ours.write_bytes(raw({"__metadata__": {"format": "pt"}}))
+    assert read_safetensors(ours) == {}
 
 
 def raw(header, body=b"", length=None):
@@ -506,44 +486,31 @@ def entry(begin, end, shape=(1,), dtype="F32"):
     return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
 
 
-MALFORMED = {
-    "empty": b"", "seven bytes": b"1234567", "no header": raw(b""),
-    "huge length": raw(b"{}", length=2**63), "length past the end": raw(b"{}", length=99),
-    "not utf-8": raw(b"\xff\xfe{}"), "cut json": raw(b'{"a":'), "a list": raw(b"[1]"),
-    "a number": raw(b"12"), "trailing nul": raw(b"{}\0\0"),
-    "truncated body": raw({"a": entry(0, 4)}, b"123"), "one byte more": raw({"a": entry(0, 4)}, b"12345"),
-    "git-lfs pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\n",
-    "html": b"<!DOCTYPE html><html><body>404</body></html>", "zip": b"PK\x03\x04" + b"\0" * 60,
-    "size mismatch": raw({"a": entry(0, 8)}, b"12345678"), "reversed": raw({"a": entry(4, 0)}, b"1234"),
-    "negative": raw({"a": entry(-4, 0)}), "hole at the start": raw({"a": entry(4, 8)}, b"1" * 8),
-    "hole": raw({"a": entry(0, 4), "b": entry(8, 12)}, b"1" * 12),
-    "overlap": raw({"a": entry(0, 4), "b": entry(2, 6)}, b"1" * 6),
-    "same range": raw({"a": entry(0, 4), "b": entry(0, 4)}, b"1" * 4),
-    "unknown dtype": raw({"a": entry(0, 1, dtype="F4")}, b"1"),
-    "overflowing shape": raw({"a": entry(0, 4, [2**62, 2**62])}, b"1234"),
-    "negative shape": raw({"a": entry(0, 4, [-1, -1])}, b"1234"),
-    "missing field": raw({"a": {"dtype": "F32", "shape": [1]}}, b"1234"),
-    "three offsets": raw({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 1, 4]}}, b"1234"),
-    "deep nesting": raw(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
-    "shape of text": raw({"a": entry(0, 4, "ab")}, b"1234"),
-}
+MALFORMED = [
+    b"", b"1234567", raw(b""), raw(b"{}", length=2**63), raw(b"{}", length=99),  # the length
+    raw(b"\xff\xfe{}"), raw(b'{"a":'), raw(b"[1]"), raw(b"12"), raw(b"{}\0\0"),  # not an object
+    raw({"a": entry(0, 4)}, b"123"), raw({"a": entry(0, 4)}, b"12345"),  # cut short, one byte more
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\n", b"PK\x03\x04" + b"\0" * 60,
+    b"<!DOCTYPE html><html><body>404</body></html>",
+    raw({"a": entry(0, 8)}, b"12345678"), raw({"a": entry(4, 0)}, b"1234"),
+    raw({"a": entry(-4, 0)}), raw({"a": entry(4, 8)}, b"1" * 8),
+    raw({"a": entry(0, 4), "b": entry(8, 12)}, b"1" * 12),  # a hole
+    raw({"a": entry(0, 4), "b": entry(2, 6)}, b"1" * 6),  # overlap
+    raw({"a": entry(0, 4), "b": entry(0, 4)}, b"1" * 4), raw({"a": entry(0, 1, dtype="F4")}, b"1"),
+    raw({"a": entry(0, 4, [2**62, 2**62])}, b"1234"), raw({"a": entry(0, 4, [-1, -1])}, b"1234"),
+    raw({"a": {"dtype": "F32", "shape": [1]}}, b"1234"), raw({"a": entry(0, 4, "ab")}, b"1234"),
+    raw({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 1, 4]}}, b"1234"),
+    raw(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"),  # deep nesting
+]
 
 
-@pytest.mark.parametrize("case", MALFORMED)
-def test_malformed_safetensors_are_one_clear_error(tmp_path, case):
+@pytest.mark.parametrize("content", MALFORMED, ids=range(len(MALFORMED)))
+def test_malformed_safetensors_are_one_clear_error(tmp_path, content):
     path = tmp_path / "bad.safetensors"
-    path.write_bytes(MALFORMED[case])
+    path.write_bytes(content)
     with pytest.raises(ValueError, match="bad.safetensors: not a whole") as caught:
         read_safetensors(path)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
-
-
-def test_headers_of_any_length_and_empty_files_are_valid(tmp_path):
-    path = tmp_path / "odd.safetensors"
-    path.write_bytes(raw(json.dumps({"a": entry(0, 4)}).encode() + b"   ", struct.pack("<f", 1.5)))
-    assert read_safetensors(path)["a"].tolist() == [1.5]
-    path.write_bytes(raw({"__metadata__": {"format": "pt"}}))
-    assert read_safetensors(path) == {}
 
 
 @pytest.mark.parametrize("write", [
@@ -566,20 +533,16 @@ PAGE = b"\n <!DOCTYPE html><html><body>Please log in to the airport's network</b
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
+    log_message = lambda *_: None
 
     def do_GET(self):
         self.server.requests.append(self.path)
         self.server.answer(self)
 
-    def send(self, body, status=200, length=None, **headers):
-        """Send a body and claim a length (None: the true one, 0: say nothing)."""
+    def send(self, body, status=200, **headers):
         self.send_response(status)
-        for name, value in headers.items():
+        for name, value in ({"Content_Length": len(body)} | headers).items():
             self.send_header(name.replace("_", "-"), value)
-        if length != 0:
-            self.send_header("Content-Length", str(len(body) if length is None else length))
         self.end_headers()
         self.wfile.write(body)
 
@@ -625,8 +588,8 @@ def test_a_file_arrives_whole_and_alone_also_after_two_failures(server, tmp_path
 
 @pytest.mark.parametrize("answer, requests, message", [
     (lambda h: h.send(b"busy", 503), 3, "503"), (lambda h: h.send(b"no", 404), 1, "404"),
-    (lambda h: h.send(BODY, length=len(BODY) + 1), 3, f"{len(BODY)} bytes came .* {len(BODY) + 1}"),
-    (lambda h: h.send(BODY, length=0), 3, "bytes came instead of 0"),
+    (lambda h: h.send(BODY[1:]), 1, "another sha256|as given"),
+    (lambda h: h.send(BODY, Content_Length=len(BODY) + 1), 3, "bytes came inst"),
     (lambda h: h.send(PAGE), 1, "web page"), (lambda h: h.close_connection, 3, "closed"),
     (lambda h: hub(h, sha256="0" * 64), 2, f"another sha256, {SHA256}"),
     (lambda h: hub(h, size=len(BODY) - 1), 6, "bytes came instead of"),
@@ -634,19 +597,13 @@ def test_a_file_arrives_whole_and_alone_also_after_two_failures(server, tmp_path
 ])
 def test_an_answer_that_is_not_the_file_is_one_clear_error_and_leaves_the_old_file(
         server, tmp_path, answer, requests, message):
-    server.answer = answer
+    server.answer, given = answer, SHA256 if "given" in message else None
     (tmp_path / "file").write_text("old")
     with pytest.raises((OSError, ValueError), match=message) as caught:
-        download(f"{server.url}/file", tmp_path / "file")
+        download(f"{server.url}/file", tmp_path / "file", sha256=given)
     assert "\n" not in str(caught.value) and f"{server.url}/file" in str(caught.value)
     assert len(server.requests) == requests
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("file", "old")]
-
-
-def test_a_sha256_that_is_given_is_held_to(server, tmp_path):
-    with pytest.raises(ValueError, match="another sha256"):
-        download(f"{server.url}/file", tmp_path / "file", "1" * 64)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_published_model_is_fetched_once_into_the_cache(server, tmp_path, monkeypatch, capsys):
@@ -658,40 +615,34 @@ def test_a_published_model_is_fetched_once_into_the_cache(server, tmp_path, monk
         assert model_folder(name) == model_folder(name) == folder
         assert server.requests == [f"/hub/{repo}/resolve/main/{file}" for file in gpt.FILES]
         assert {p.name for p in folder.iterdir()} == set(gpt.FILES)
+    monkeypatch.setenv("HOME", str(tmp_path / "gpt2-finetune" / "gpt2-medium"))
+    monkeypatch.delenv("HF_HOME")
+    assert ".cache/huggingface/gpt2-finetune/gpt2" in model_folder("gpt2").as_posix()
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    server.requests.clear()
     (folder / "merges.txt").unlink()
     server.answer = lambda handler: handler.send(b"", 404)
     assert gpt.main(["--model", "distilgpt2", "--prompt", "x"]) == 1
     error = capsys.readouterr().err
-    assert server.requests[4:] == ["/hub/distilbert/distilgpt2/resolve/main/merges.txt"]
+    assert server.requests == ["/hub/distilbert/distilgpt2/resolve/main/merges.txt"]
     assert error.count("\n") == 1 and "404" in error and str(folder) in error
-
-
-def test_the_cache_is_where_the_hub_s_cache_is(monkeypatch, tmp_path):
-    monkeypatch.delenv("HF_HOME", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(gpt, "download", lambda url, path: urls.append((url, path)))
-    urls, folder = [], tmp_path / ".cache" / "huggingface" / "gpt2-finetune" / "gpt2"
-    assert model_folder("gpt2") == folder
-    assert urls[0] == ("https://huggingface.co/openai-community/gpt2/resolve/main/config.json",
-                       folder / "config.json")
 
 
 # ---- the device and the command line
 
 
 def test_the_device_is_chosen_by_name_and_by_what_is_there(monkeypatch):
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    there, asked = [None, torch.device("cuda")], []
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: there[0])
     assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
-    asked = []
     def zeros(n, device):
         asked.append(device)
         raise RuntimeError("no NVIDIA driver")
     monkeypatch.setattr(torch, "zeros", zeros)
     monkeypatch.setenv("LOCAL_RANK", "3")
-    accelerator = torch.device("cuda")
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: accelerator)
+    del there[0]
     for name in ("auto", "cuda", "cuda:1", "gpu"):
-        with pytest.raises(ValueError, match=f"--device"):
+        with pytest.raises(ValueError, match="--device"):
             choose_device(name)
     assert asked == ["cuda:3", "cuda:3", "cuda:1", "gpu"]
 
@@ -703,8 +654,8 @@ def test_the_command_line_continues_a_text_and_names_what_is_wrong(capsys):
     flags = ["--prompt", "The", "--temperature", "2", "--top-k", "9", "--top-p", "0.9", "--seed"]
     texts = [(gpt.main([*flags, seed]), capsys.readouterr().out) for seed in "112"]
     assert texts[0] == texts[1] != texts[2]
-    for wrong in (["--prompt", ""], ["--prompt", "a", "--top-k", "3"], ["--prompt", "a", "--model", "x"]):
-        assert gpt.main(wrong) == 1
+    for wrong in ([""], ["a", "--top-k", "3"], ["a", "--model", "x"]):
+        assert gpt.main(["--prompt", *wrong]) == 1
         error = capsys.readouterr().err
         assert error.startswith("error: ") and error.count("\n") == 1
     with pytest.raises(SystemExit, match="2"):
