@@ -2,8 +2,8 @@
 
 A record becomes prompt ids + response ids + the end token. Prompt and response are tokenized
 apart: the border between them is exact, and the training prompt is, byte for byte, the prompt in
-generation. Text never becomes a control token; code alone adds the end token. Checked against
-transformers' GPT-2 tokenizer, and the batches and the split of Raschka's book, chapter 7.
+generation. Text never becomes a control token. Checked against transformers' tokenizer and the
+batches of Raschka's book, chapter 7.
 
     python data.py --data tiny --model tiny
 """
@@ -24,7 +24,7 @@ from tiktoken_ext.openai_public import r50k_pat_str
 from torch import Tensor
 
 TINY = Path(__file__).resolve().parent / "tiny"  # the embedded data and model
-TEMPLATES = {  # before the input; its part, left out where there is no input; after it
+TEMPLATES = {  # before the input; its part, if there is one; after it
     "alpaca": ("Below is an instruction that describes a task. Write a response that "
                "appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n",
                "### Input:\n{input}\n\n", "### Response:\n"),
@@ -43,7 +43,7 @@ def format_prompt(example, template="alpaca") -> str:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    ids: list[int]  # the prompt's, the response's and, unless cut, the end token
+    ids: list[int]  # of the prompt, the response and, unless cut, the end token
     n_prompt: int
 
 
@@ -68,18 +68,13 @@ def encode_examples(examples, tokenizer, template="alpaca", max_length=None):
 
 
 def marker_note(tokenizer, template) -> str | None:
-    """A line on markers of the template that are control tokens of the tokenizer, else None."""
-    text = "".join(TEMPLATES[template])
-    own = ", ".join(token for token in sorted(tokenizer.special_tokens_set) if token in text)
-    return f"in template {template}, {own} stays text" if own else None
+    """A line on markers of the template that are control tokens of the tokenizer."""
+    own = sorted(t for t in tokenizer.special_tokens_set if t in "".join(TEMPLATES[template]))
+    return f"in template {template}, {', '.join(own)} stays text" if own else None
 
 
 def collate(encoded, loss_on="response", ignore_index=-100) -> tuple[Tensor, Tensor]:
-    """Inputs ids[:-1] and targets ids[1:], (B, T) int64 each, padded to the longest of the batch.
-
-    With loss_on "response" targets in the prompt are ignore_index, with "all" they are its ids.
-    Padding repeats the row's last id, with ignore_index as target: the book's batches.
-    """
+    """Inputs ids[:-1] and targets ids[1:], (B, T) int64 each; loss_on is "response" or "all"."""
     width = max(len(e.ids) for e in encoded)
     inputs, targets = [], []
     for e in encoded:
@@ -94,50 +89,47 @@ def batches(lengths, batch_size, seed, epoch) -> list[list[int]]:
     """Indices in batches of similar length, each index once, drawn from (seed, epoch) alone."""
     rng = random.Random(f"{seed}/{epoch}")
     order = rng.sample(range(len(lengths)), len(lengths))
-    order.sort(key=lambda i: lengths[i])  # ties fall otherwise in every epoch
+    order.sort(key=lambda i: lengths[i])
     full, rest = divmod(len(order), batch_size)
     sizes = [batch_size] * full + [rest] * (rest > 0)
-    rng.shuffle(sizes)  # the batch that is not full shifts the cuts
+    rng.shuffle(sizes)
     queue = iter(order)
     result = [[next(queue) for _ in range(size)] for size in sizes]
     rng.shuffle(result)
     return result
 
 
-READ = {  # what an example is made of, and the names under which records have it
+READ = {  # an example's texts, and their names in records
     "system": ("system", "system_prompt", "system message"),
     "instruction": ("instruction", "prompt", "question", "user message"),
     "input": ("input", "context"),
     "output": ("output", "completion", "answer", "response", "assistant message"),
 }
-NEEDED = ("history", "choices", "options", "documents", "tools", "tool_calls", "function_call",
-          "image", "images")  # not read, but the answer may need it
+NEEDED = ("history", "choices", "options", "tools", "tool_calls", "images", "conversations")
 USED = {"instruction", "input", "output", "task", "level", "instruction_long", "rationale", "draft"}
 
 
 def to_example(record) -> dict:
     """Any accepted record as instruction (below a system text), input, output and other fields."""
     if not isinstance(record, dict):
-        raise ValueError("it is not an object with named fields")
-    json.dumps(record, ensure_ascii=False).encode()  # half a character: a ValueError that says so
+        raise ValueError("not an object with named fields")
+    json.dumps(record, ensure_ascii=False).encode()  # ValueError: half a character
     fields, example = dict(record), {}
-    for chat in ("messages", "conversations"):
-        if not _is_empty(fields.get(chat)):
-            fields |= _one_turn(fields.pop(chat))
+    chat = "conversations" if _is_empty(fields.get("messages")) else "messages"
+    if not _is_empty(fields.get(chat)):
+        fields |= _one_turn(fields.pop(chat))
     if fields.get("label") is False or fields.get("train") is False or fields.get("weight") == 0:
         raise ValueError("marked not to be learned (label, train or weight); remove it")
     if unread := [name for name in NEEDED if not _is_empty(fields.get(name))]:
         raise ValueError(f"{unread[0]} is not read; write it into the instruction, or remove it")
     for key, names in READ.items():
         found = {name: fields.pop(name) for name in names if name in fields}
-        filled = [text for text in found.values() if not _is_empty(text)]
-        if len(filled) > 1 or not filled and key in ("instruction", "output"):
-            raise ValueError(f"{len(filled) or 'no'} texts as {', '.join(found or names)}, one is "
-                             f"needed; other fields: {', '.join(fields)}")
-        example[key] = filled[0] if filled else ""
-        if not isinstance(example[key], str):
-            raise ValueError(f"{', '.join(found)} is no text but a {type(filled[0]).__name__}; put "
-                             "chats under messages, rows of a table into one object each")
+        texts = [text for text in found.values() if not _is_empty(text)]
+        if len(texts) > 1 or not texts and key in ("instruction", "output"):
+            raise ValueError(f"{len(texts)} texts, needed 1, as {[*(found or names)]} in {[*record]}")
+        if texts and not isinstance(texts[0], str):
+            raise ValueError(f"{[*found]} is no text; chats go in messages, tables by rows")
+        example[key] = "".join(texts)
     if system := example.pop("system"):
         example["instruction"] = f"{system}\n\n{example['instruction']}"
     return example | fields
@@ -148,43 +140,37 @@ def _is_empty(value):
 
 
 def _one_turn(messages):
-    """A conversation as fields: {"user message": text, "assistant message": text, ...}."""
     if not (isinstance(messages, list) and all(isinstance(m, dict) for m in messages)):
-        raise ValueError("messages are a list of objects with role and content")
+        raise ValueError("messages must be a list of objects")
     roles = [str(m.get("role", m.get("from"))) for m in messages]
     roles = [{"human": "user", "gpt": "assistant"}.get(role, role) for role in roles]
     if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
-        raise ValueError(f"messages of {', '.join(roles)}; split them into records of (system,) "
-                         "user, assistant")
+        raise ValueError(f"messages of {', '.join(roles)}; split them into one user, one assistant")
+    others = {k: m[k] for m in messages for k in m if k not in ("role", "from", "content", "value")}
     texts = [m.get("content", m.get("value")) for m in messages]
-    read = {"role", "from", "content", "value"}
-    others = {key: m[key] for m in messages for key in m.keys() - read}
     return others | {f"{role} message": text for role, text in zip(roles, texts)}
 
 
 def split_examples(examples, train=0.85, test=0.10, shuffle=None) -> tuple[list, list, list]:
-    """(train, val, test) in file order, as the book, or shuffled by a seed; val is what is left."""
-    examples = list(examples)
+    """(train, val, test) in file order, as the book, or shuffled by a seed."""
     if shuffle is not None:
-        random.Random(shuffle).shuffle(examples)
+        examples = random.Random(shuffle).sample(examples, len(examples))
     a = int(len(examples) * train)
     b = a + int(len(examples) * test)
     return examples[:a], examples[b:], examples[a:b]
 
 
-DATASETS = {  # name: place on raw.githubusercontent.com, sha256 where known
+DATASETS = {  # place on raw.githubusercontent.com, sha256
     "book": ("rasbt/LLMs-from-scratch/main/ch07/01_main-chapter-code/instruction-data.json",
              "7e09a9af353722ca15c18bc580f093f9c39d3178335a75177319cb1e1d163944"),
     "alpaca": ("tatsu-lab/stanford_alpaca/main/alpaca_data.json", None),
 }
-WANTED = ("needed is a JSON array or JSON lines (one record a line), in UTF-8; for tables: pandas' "
-          "to_json(path, orient='records', lines=True)")
-KINDS = {  # how files begin that are brought as data, and what they are
+WANTED = "needed is UTF-8 JSON: an array or lines (pandas: to_json(PATH, orient='records'))"
+KINDS = {  # what files are that begin so
     b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip or xlsx", b"\xfd7zXZ": "xz", b"BZh": "bzip2",
     b"\x28\xb5\x2f\xfd": "zstd", b"PAR1": "parquet", b"ARROW1": "arrow", b"\xff\xff\xff": "arrow",
-    b"\x80": "a pickle", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"<": "a web page",
-    b"version https://git-lfs": "a git-lfs pointer (git lfs pull)", b"[": "", b"{": "",
-    b"": "empty, csv or text",
+    b"\x80": "a pickle", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"<": "a web page", b"[": "",
+    b"{": "", b"version https://git-lfs": "a pointer (git lfs pull)", b"": "empty, csv or text",
 }
 
 
@@ -193,38 +179,35 @@ class Parts:
     train: list[dict]
     val: list[dict]
     test: list[dict]
-    positions: list[int]  # of the training records in their file, from 0
+    positions: list[int]  # of train in its file, from 0
     split: str  # "file order", "shuffled" or "folder"
-    sha256: str  # of the file, or of a folder's files one after another
+    sha256: str
     rows: int
     notes: list[str]
 
 
 def load_parts(path_or_name, split=None) -> Parts:
-    """Read and split; a user's file is shuffled, as files sorted by kind are common.
+    """Read and split. A user's file is shuffled, for files sorted by kind are common.
 
-    `split` forces "file order" or "shuffled" upon a file. Raises FileNotFoundError, or ValueError
-    naming file, record (from 1), line and remedy.
+    `split` forces "file order" or "shuffled" upon a file. Errors name file and record (from 1).
     """
     name, files = str(path_or_name), _files(str(path_or_name))
     parts, counts = zip(*(_read(path, leave_out_empty=name == "alpaca") for path in files))
     left_out = sum(counts) - sum(map(len, parts))
-    if len(files) > 1:
-        split = "folder"
-    else:
-        split = split or ("file order" if name in ("tiny", *DATASETS) else "shuffled")
+    usual = "file order" if name in ("tiny", *DATASETS) else "shuffled"
+    split = "folder" if len(files) > 1 else usual if split in (None, "folder") else split
+    if len(files) == 1:
         parts = split_examples(parts[0], shuffle=123 if split == "shuffled" else None)
-    positions = [position for position, _ in parts[0]]
     train, val, test = ([e for _, e in part] for part in parts)
     unused = {key for e in train for key in e if not _is_empty(e[key])} - USED
     prompts = set(map(format_prompt, train))
     seen = sum(format_prompt(e) in prompts for e in test)
-    notes = {f"{left_out} of {sum(counts)} records have no output and are left out": left_out,
+    notes = {f"{left_out} records have no output and are left out": left_out,
              f"fields that nothing uses: {', '.join(sorted(unused))}": unused,
              f"{seen} of {len(test)} test prompts also stand in the training part": seen}
-    notes = [note for note, there in notes.items() if there]
     sha256 = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
-    return Parts(train, val, test, positions, split, sha256, sum(counts), notes)
+    return Parts(train, val, test, [n for n, _ in parts[0]], split, sha256, sum(counts),
+                 [note for note, there in notes.items() if there])
 
 
 def load_examples(path_or_name) -> list[dict]:
@@ -245,19 +228,17 @@ def _files(name):
             if not path.is_file():  # fetched whole or not at all
                 torch.hub.download_url_to_file(url, path, sha256, progress=False)
         except (OSError, RuntimeError) as error:
-            raise FileNotFoundError(f"{url}: {error}; or put it into {path}") from None
+            raise FileNotFoundError(f"{url}: {error}; or put it into {path}")
     files = [path]
     if path.is_dir():
         files = [path / f"{part}.jsonl" for part in ("train", "val", "test")]
         files = [file if file.is_file() else file.with_suffix(".json") for file in files]
-    if absent := [str(file) for file in files if not file.is_file()]:
-        raise FileNotFoundError(f"{absent[0]}: no such file; give a JSON file, a folder of train, "
-                                f"val and test, or {', '.join(['tiny', *DATASETS])}")
+    if absent := [file for file in files if not file.is_file()]:
+        raise FileNotFoundError(f"no {absent[0]}: give JSON, a folder, or tiny, book, alpaca")
     return files
 
 
 def _read(path, leave_out_empty):
-    """([(position, example)], number of records) of a JSON array or JSON lines, by content."""
     content = path.read_bytes().removeprefix(b"\xef\xbb\xbf").rstrip()
     start = content.lstrip().partition(b"\n")[0].rstrip()
     if kind := next(kind for magic, kind in KINDS.items() if start.startswith(magic)):
@@ -268,7 +249,7 @@ def _read(path, leave_out_empty):
         try:
             values = json.loads(line) if line.strip() else []
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: line {n}: not JSON ({error}); {WANTED}") from None
+            raise ValueError(f"{path}: line {n}: not JSON ({error}); {WANTED}")
         for record in values if isinstance(values, list) else [values]:
             rows += 1
             try:
@@ -281,48 +262,45 @@ def _read(path, leave_out_empty):
     return examples, rows
 
 
-# GPT-2's files spell a byte as itself where that prints, else as the next character from U+0100.
+# In GPT-2's files a byte is its own character where that prints, else one from U+0100 on.
 PRINTS = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
 OTHERS = [b for b in range(256) if b not in PRINTS]
 CHAR_TO_BYTE = {chr(b): b for b in PRINTS} | {chr(256 + n): b for n, b in enumerate(OTHERS)}
 
 
 def load_tokenizer(name_or_folder) -> tiktoken.Encoding:
-    """GPT-2's byte-level BPE by name (`tiny`, `gpt2`, ...) or from a model folder's tokenizer.json,
-    else vocab.json and merges.txt. Raises ValueError where tiktoken would make other ids."""
+    """GPT-2's byte-level BPE by name, or from tokenizer.json, else vocab.json and merges.txt."""
     if name_or_folder in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2"):
-        return tiktoken.get_encoding("gpt2")  # all have the same
+        return tiktoken.get_encoding("gpt2")
     folder = TINY / "model" if name_or_folder == "tiny" else Path(name_or_folder)
     if (folder / "tokenizer.json").is_file():
         spec = json.loads((folder / "tokenizer.json").read_bytes())
         vocab, merges, cut = spec["model"]["vocab"], spec["model"]["merges"], spec["pre_tokenizer"]
         special = {token["content"]: token["id"] for token in spec["added_tokens"]}
-        wrong = [token["content"] for token in spec["added_tokens"] if not token["special"]]
-        if not cut or cut["type"] != "ByteLevel" or cut["add_prefix_space"]:
-            wrong.append("its way to cut text")
+        others = [token["content"] for token in spec["added_tokens"] if not token["special"]]
+        usual = bool(cut) and cut["type"] == "ByteLevel" and not cut["add_prefix_space"]
     else:
-        vocab = json.loads((folder / "vocab.json").read_bytes())
+        vocab, usual = json.loads((folder / "vocab.json").read_bytes()), True
         merges = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
         merges = [line for line in merges if not line.startswith("#version")]
         special = {"<|endoftext|>": vocab.get("<|endoftext|>")}
-        wrong = [path.name for path in folder.glob("added_tokens.json")]
+        others = [path.name for path in folder.glob("added_tokens.json")]
     tokens = sorted(vocab.keys() - special, key=vocab.get)
-    ids = [*map(vocab.get, tokens), *special.values()]
-    if ({*tokens[:256]} != {*CHAR_TO_BYTE} or {*ids} != {*range(len(ids))}
-            or tokens[256:] != ["".join(merge).replace(" ", "") for merge in merges]):
-        wrong.append("its ids, which are not 0, 1, 2, ... in the order of merges")
-    if wrong or "<|endoftext|>" not in special:
-        raise ValueError(f"{folder}: the tokenizer is not like GPT-2's in {', '.join(wrong)}")
+    ids = {*map(vocab.get, tokens), *special.values()}
+    usual &= tokens[256:] == ["".join(merge).replace(" ", "") for merge in merges]
+    usual &= {*tokens[:256]} == {*CHAR_TO_BYTE} and ids == {*range(len(tokens) + len(special))}
+    if others or not usual or "<|endoftext|>" not in special:
+        raise ValueError(f"{folder}: not like GPT-2's in ids, merges or added tokens {others}")
     ranks = {bytes(CHAR_TO_BYTE[char] for char in token): vocab[token] for token in tokens}
     return tiktoken.Encoding(str(folder), pat_str=r50k_pat_str, mergeable_ranks=ranks,
                              special_tokens=special)
 
 
-def copy_tokenizer(source_folder, target_folder) -> None:
+def copy_tokenizer(source, target) -> None:
     """Copy the tokenizer's files byte for byte."""
-    for path in Path(source_folder).iterdir():
+    for path in Path(source).iterdir():
         if path.name in ("vocab.json", "merges.txt") or "token" in path.name:
-            (Path(target_folder) / path.name).write_bytes(path.read_bytes())
+            (Path(target) / path.name).write_bytes(path.read_bytes())
 
 
 def main(argv=None) -> int:
@@ -330,8 +308,8 @@ def main(argv=None) -> int:
     warnings.filterwarnings("ignore", "Failed to initialize NumPy")
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
-    parser.add_argument("--data", default="tiny", help="a file, a folder, tiny, book or alpaca")
-    parser.add_argument("--model", default="tiny", help="a folder with a tokenizer, tiny or gpt2")
+    parser.add_argument("--data", default="tiny", help="file, folder, tiny, book or alpaca")
+    parser.add_argument("--model", default="tiny", help="folder, tiny or gpt2")
     parser.add_argument("--template", default="alpaca", choices=TEMPLATES)
     parser.add_argument("--max-length", type=int)
     args = parser.parse_args(argv)
@@ -342,15 +320,14 @@ def main(argv=None) -> int:
     except (ValueError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 1
-    lengths = [len(e.ids) for e in encoded]
+    lengths, n = [len(e.ids) for e in encoded], encoded[0].n_prompt
     cut = sum(e.ids[-1] != tokenizer.eot_token for e in encoded)
     width = sum(len(b) * max(lengths[i] for i in b) for b in batches(lengths, 8, 0, 0))
-    ids, n = encoded[0].ids, encoded[0].n_prompt
-    print(f"{parts.split}: {len(parts.train)} train, {len(parts.val)} val, {len(parts.test)} test")
-    print(*parts.notes, marker_note(tokenizer, args.template) or "", sep="\n")
-    print(f"{min(lengths)} to {max(lengths)} ids; cut: {cut}, down to the prompt and left out: "
-          f"{len(examples) - len(kept)}; padding in batches of 8: {1 - sum(lengths) / width:.1%}")
-    print(f"\n{tokenizer.decode(ids[:n])}>>>{tokenizer.decode(ids[n:])}<<<")
+    print(f"{parts.split}: {len(parts.train)} train, {len(parts.val)} val, {len(parts.test)} test",
+          *parts.notes, marker_note(tokenizer, args.template) or "", sep="\n")
+    print(f"{min(lengths)} to {max(lengths)} ids; {cut} cut, {len(examples) - len(kept)} dropped")
+    print(f"padding in batches of 8: {1 - sum(lengths) / width:.1%}\n")
+    print(*map(tokenizer.decode, (encoded[0].ids[:n], encoded[0].ids[n:])), sep=">>>", end="<<<\n")
     return 0
 
 

@@ -1,10 +1,9 @@
 """Instruction finetuning of GPT-2 under a freeze policy that is proved.
 
-The policy (`--trainable`) becomes an exact set of parameters, or is refused. The set is checked on
-the model, the optimizer, the gradients of the first two steps and, at the end, byte by byte. The
-training loop is `train`; `run` is the table of contents. A step's loss is the sum over its
-supervised tokens divided by their number. The same seed, data and flags give the same weights on
-the same machine, interrupted or not.
+`--trainable` becomes an exact set of parameters, or is refused. It is checked on the model, on the
+optimizer, on the gradients of the first two steps and, at the end, byte by byte. The training loop
+is `train`; `run` is the table of contents. A step's loss is the sum over its supervised tokens
+divided by their number. The same seed, data and flags give the same weights, interrupted or not.
 
     python finetune.py                                           # the embedded model and data
     python finetune.py --lora-r 16 --model gpt2 --data my-records.json
@@ -18,14 +17,12 @@ import json
 import math
 import mmap
 import os
-import platform
 import re
 import shutil
 import signal
 import sys
-import textwrap
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -51,6 +48,7 @@ SETTINGS = ("out", "resume", "overwrite", "eval_every", "checkpoint_every", "no_
             "device", "recompute")  # flags that may differ when a run is resumed
 WRITTEN = ("run.json", "metrics.jsonl", "model", "adapter", "responses.jsonl", "scores.json",
            "loss.png", "judge-*.jsonl", "checkpoint.*")  # what --overwrite removes
+STATE = ("step", "tokens", "seconds", "losses", "val_loss", "proofs", "logged")  # a Job's
 say = partial(print, flush=True)
 
 
@@ -66,29 +64,15 @@ class Machine:
         """A context in which matrix products have this dtype."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def total(self, *values: float) -> list[float]:
-        """Sums over all processes."""
-        if self.world == 1:
-            return list(values)
-        sums = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(sums)
-        return sums.tolist()
-
-
-@dataclass
-class State:
-    """How far a run is; a checkpoint holds it."""
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0  # spent on steps
-    losses: list[float] = field(default_factory=list)  # of the latest steps
-    val_loss: float | None = None
-    proofs: list[dict] = field(default_factory=list)  # of the spans that are finished
+    def wait(self) -> None:
+        """Let all processes come so far."""
+        if self.world > 1:
+            dist.barrier()
 
 
 @dataclass
 class Job:
-    """One run: what it learns from, how, on what, and where it writes."""
+    """One run: what it learns from, how, on what, where it writes, and how far it is."""
     out: Path
     record: dict  # the head of run.json: flags, versions, data, weights
     recipe: argparse.Namespace  # those flags, with the defaults filled in
@@ -98,8 +82,14 @@ class Job:
     positions: list[int]  # of the training examples in their file
     order: list[tuple[int, list[int]]]  # (epoch, indices into train) of every step
     spans: list[tuple[int, str]]  # (first step, policy)
-    prefix: "Prefix | None" = None
-    state: State = field(default_factory=State)
+    prefix: tuple[int, dict] | None = None  # (block, what enters it for each example)
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0  # spent on steps
+    losses: list[float] = field(default_factory=list)  # of the latest steps
+    val_loss: float = math.nan
+    proofs: list[dict] = field(default_factory=list)  # of the spans that are finished
+    logged: int = 0  # bytes of metrics.jsonl
 
 
 def n_targets(batch: list, loss_on: str) -> int:
@@ -107,45 +97,68 @@ def n_targets(batch: list, loss_on: str) -> int:
     return sum(len(e.ids) - (e.n_prompt if loss_on == "response" else 1) for e in batch)
 
 
-def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Summed cross-entropy of (N, C) hidden states for (N,) targets."""
-    return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
-
-
 def loss_sum(model: GPT, batch: list, loss_on: str, machine: Machine, prefix=None) -> Tensor:
-    """Cross-entropy in nats, summed over the supervised tokens of a batch. The head is applied only
-    where a loss is wanted (most of an instruction is prompt), and to so many positions at a time:
-    all logits would be by far the largest tensor of a step."""
+    """Cross-entropy in nats, summed over the supervised tokens. The head is applied only where a
+    loss is wanted, HEAD_ROWS at a time: all logits would be by far the largest tensor of a step."""
     inputs, targets = collate(batch, loss_on)  # (B, T) each
     wanted = (targets.flatten() != -100).nonzero()[:, 0]  # (N,), on the CPU: no GPU waits
+    choose_attention(machine, inputs.shape[1])
     with machine.autocast():
-        hidden = prefix.features(batch) if prefix else model.features(inputs.to(machine.device))
+        if prefix:
+            first, cached = prefix
+            x = pad_sequence([cached[id(e)] for e in batch], batch_first=True).to(machine.device)
+            hidden = model.ln_f(model.run_blocks(x, first))
+        else:
+            hidden = model.features(inputs.to(machine.device))
         hidden = hidden.flatten(0, 1)[wanted.to(machine.device)]  # (B, T, C) -> (N, C)
         targets = targets.flatten()[wanted].to(machine.device)
+        loss = lambda h, t: F.cross_entropy(model.lm_head(h).float(), t, reduction="sum")
         if len(wanted) <= HEAD_ROWS:
-            return head_loss(model.lm_head, hidden, targets)
-        part_loss = partial(checkpoint, head_loss, model.lm_head, use_reentrant=False)
-        return sum(map(part_loss, hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS)))
+            return loss(hidden, targets)
+        parts = zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS))
+        return sum(checkpoint(loss, h, t, use_reentrant=False) for h, t in parts)
+
+
+def choose_attention(machine: Machine, length: int) -> None:
+    """The products of the CPU's flash kernel are small for short texts: without it attention is
+    1.75 times as fast at 100 tokens, and half as fast at 1,024."""
+    without = machine.device.type == "cpu" and machine.dtype == torch.float32 and length <= 256
+    torch.backends.cuda.enable_flash_sdp(not without)
+
+
+def sorted_chunks(encoded: list, size: int) -> list[list]:
+    """Examples of similar length in chunks of `size`."""
+    order = sorted(encoded, key=lambda e: len(e.ids))
+    return [order[i:i + size] for i in range(0, len(order), size)]
 
 
 @torch.no_grad()
 def mean_loss(model: GPT, encoded: list, job: Job) -> float:
-    """Loss per supervised token. Every process takes its share, and goes as often as the others."""
-    machine, size, total = job.machine, job.recipe.batch_size, 0.0
-    order = sorted(encoded, key=lambda e: len(e.ids))
-    chunks = [order[i:i + size] for i in range(0, len(order), size)]
+    """Loss per supervised token; every process computes all of it."""
     model.eval()
-    for first in range(0, len(chunks), machine.world):
-        mine = chunks[(first + machine.rank) % len(chunks)]
-        loss = float(loss_sum(model, mine, job.recipe.loss_on, machine, job.prefix))
-        total += loss if first + machine.rank < len(chunks) else 0.0
+    total = sum(float(loss_sum(model, chunk, job.recipe.loss_on, job.machine, job.prefix))
+                for chunk in sorted_chunks(encoded, job.recipe.batch_size))
     if hasattr(model, "reshard"):
         model.reshard()  # after a forward pass its outermost tensors are still whole
-    return machine.total(total)[0] / n_targets(encoded, job.recipe.loss_on)
+    return total / n_targets(encoded, job.recipe.loss_on)
+
+
+@torch.no_grad()
+def cache_prefix(model: GPT, last: int, encoded: list, size: int, machine: Machine) -> dict:
+    """What the blocks below `last`, all frozen, give for each example, (T, C): computed once
+    (AutoFreeze, arXiv 2102.01386), in fixed groups, on which the last bits of a product depend."""
+    model.eval()
+    cached = {}
+    for chunk in sorted_chunks(encoded, size):
+        with machine.autocast():
+            x = model.embed(collate(chunk)[0].to(machine.device))
+            x = model.run_blocks(x, 0, last).float().cpu()  # (B, T, C)
+        cached |= {id(e): row[:len(e.ids) - 1].clone() for e, row in zip(chunk, x)}
+    return cached
 
 
 def rate_at(step: int, total: int, warmup: float, schedule: str) -> float:
-    """Share of the peak learning rate at a step from 0, never zero. `warmup`: steps, or a share."""
+    """Share of the peak rate at a step from 0, never zero. `warmup`: steps, or below 1 a share."""
     warmup = round(warmup if warmup >= 1 else warmup * total)
     if step < warmup:
         return (step + 1) / (warmup + 1)
@@ -163,8 +176,8 @@ def lowest_block(names, n_layer: int) -> int:
 
 
 def build_optimizer(model: GPT, plan, recipe, before=None) -> torch.optim.AdamW:
-    """AdamW over exactly plan.parameters(), in groups of one learning rate and weight decay, with
-    the moments that the optimizer `before` has of what goes on training."""
+    """AdamW over exactly plan.parameters(), grouped by rate and weight decay, with the moments that
+    the optimizer `before` has of what goes on training."""
     mixed = len({bool(ADAPTER.search(name)) for name in plan.trainable}) == 2
     groups, top = {}, model.config.n_layer - 1
     for name, p in model.named_parameters():
@@ -179,33 +192,12 @@ def build_optimizer(model: GPT, plan, recipe, before=None) -> torch.optim.AdamW:
     return optimizer
 
 
-class Prefix:
-    """What enters block `layer`, below which all is frozen, for each record: computed once, kept in
-    memory (AutoFreeze, arXiv 2102.01386). Groups are fixed, because the last bits of a product
-    depend on what else is in a batch: all epochs, resumed or not, find the same."""
-
-    @torch.no_grad()
-    def __init__(self, model: GPT, layer: int, records: list, batch_size: int, machine: Machine):
-        self.model, self.layer, self.device, self.kept = model.eval(), layer, machine.device, {}
-        order = sorted(records, key=lambda e: len(e.ids))
-        for group in (order[i:i + batch_size] for i in range(0, len(order), batch_size)):
-            with machine.autocast():
-                x = model.embed(collate(group)[0].to(self.device))
-                x = model.run_blocks(x, 0, layer).float().cpu()  # (B, T, C)
-            self.kept |= {id(e): row[:len(e.ids) - 1].clone() for e, row in zip(group, x)}
-
-    def features(self, batch: list) -> Tensor:
-        """(B, T, C) after ln_f, as model.features would give it."""
-        x = pad_sequence([self.kept[id(e)] for e in batch], batch_first=True).to(self.device)
-        return self.model.ln_f(self.model.run_blocks(x, self.layer))
-
-
 def train(model: GPT, plan, optimizer, first: int, end: int, job: Job, noted: list) -> bool:
     """The training loop: what is left of the steps `first` to `end` - 1. False where a signal that
     was `noted` ended it: then a checkpoint has been written."""
-    machine, recipe, state, saved = job.machine, job.recipe, job.state, time.monotonic()
+    machine, recipe, saved = job.machine, job.recipe, time.monotonic()
     total, parameters = len(job.order), plan.parameters()
-    for step in range(state.step, end):
+    for step in range(job.step, end):
         began = time.perf_counter()
         epoch, indices = job.order[step]
         batch = [job.train[i] for i in indices]
@@ -220,16 +212,17 @@ def train(model: GPT, plan, optimizer, first: int, end: int, job: Job, noted: li
             part_loss = part_loss * (len(part) > 0) / n
             part_loss.backward()
             loss += part_loss.item()
-        for p in parameters if machine.world > 1 else ():
-            if not hasattr(p, "full_tensor"):  # those of sharded ones are added up already
-                dist.all_reduce(p.grad)
-        loss = machine.total(loss)[0]
+        late = time.monotonic() - saved > CHECKPOINT_SECONDS
+        sums = torch.tensor([loss, len(noted), late], dtype=torch.float64)
+        for tensor in [sums] + [p.grad for p in parameters] if machine.world > 1 else ():
+            if not hasattr(tensor, "full_tensor"):  # sharded gradients are added up already
+                dist.all_reduce(tensor)
+        loss, stop, late = sums.tolist()
 
         # The update: clipping, the checks of the first two steps, the rate, the step.
         norm = float(whole(nn.utils.clip_grad_norm_(parameters, recipe.clip or math.inf)))
         if not math.isfinite(loss + norm):
-            raise ArithmeticError(f"step {step + 1}: loss {loss}, gradient norm {norm}: lower --lr "
-                                  "or use --dtype fp32; an earlier checkpoint is kept")
+            raise ArithmeticError(f"step {step + 1}: loss {loss}, gradient norm {norm}; lower --lr")
         if step < first + 2:
             plan.check_gradients(model, step - first + 1)
         rate = rate_at(step, total, recipe.warmup, recipe.schedule)
@@ -239,16 +232,17 @@ def train(model: GPT, plan, optimizer, first: int, end: int, job: Job, noted: li
         optimizer.zero_grad()
 
         # Log, validate, checkpoint.
-        state.step = step + 1
-        state.tokens += sum(len(e.ids) for e in batch)
-        state.seconds += time.perf_counter() - began
-        state.losses = (state.losses + [loss])[-recipe.eval_every:]
-        last = state.step == total
-        if last or state.step % recipe.eval_every == 0:
-            state.val_loss = mean_loss(model, job.val[:None if last else EVAL_RECORDS], job)
+        job.step = step + 1
+        job.tokens += sum(len(e.ids) for e in batch)
+        job.seconds += time.perf_counter() - began
+        job.losses = (job.losses + [loss])[-recipe.eval_every:]
+        last = job.step == total
+        if last or job.step % recipe.eval_every == 0:
+            job.val_loss = mean_loss(model, job.val[:None if last else EVAL_RECORDS], job)
+            if not math.isfinite(job.val_loss):
+                raise ArithmeticError(f"step {step + 1}: val loss {job.val_loss}; lower --lr")
         log(job, epoch + 1, loss, rate, norm, indices)
-        stop, late = machine.total(len(noted), time.monotonic() - saved > CHECKPOINT_SECONDS)
-        due = state.step % recipe.checkpoint_every == 0 if recipe.checkpoint_every else late
+        due = job.step % recipe.checkpoint_every == 0 if recipe.checkpoint_every else late
         if stop or due and not last:
             plan.check_model(model)
             plan.check_unchanged(model, trained=False)
@@ -260,11 +254,10 @@ def train(model: GPT, plan, optimizer, first: int, end: int, job: Job, noted: li
 
 
 def train_in_spans(model: GPT, job: Job, saved: dict | None, noted: list) -> bool:
-    """Train each span of the schedule under a plan of its own, proved on its own. A resumed run
+    """Train each span of the schedule under a plan of its own, proved on its own; a resumed run
     goes on in the middle of one, from what its checkpoint `saved`. False as in `train`."""
-    optimizer, proofs = None, job.state.proofs
-    ends = [first for first, _ in job.spans[1:]] + [len(job.order)]
-    for i in range(len(proofs), len(job.spans)):
+    optimizer, ends = None, [first for first, _ in job.spans[1:]] + [len(job.order)]
+    for i in range(len(job.proofs), len(job.spans)):
         (first, policy), end = job.spans[i], ends[i]
         plan = freeze(model, policy)
         optimizer = build_optimizer(model, plan, job.recipe, optimizer)
@@ -282,27 +275,27 @@ def train_in_spans(model: GPT, job: Job, saved: dict | None, noted: list) -> boo
         plan.check_optimizer(optimizer)
         plan.check_unchanged(model, trained=end - first >= 2)
         trains = sum(p.numel() for p in plan.parameters())
-        proofs.append({"policy": policy, "steps": end - first, "trainable": plan.trainable,
-                       "frozen": plan.frozen, "trainable_parameters": trains,
-                       "fingerprint": plan.fingerprint, "checks": dict(plan.checks)})
+        job.proofs.append({"policy": policy, "steps": end - first, "trainable": plan.trainable,
+                           "frozen": plan.frozen, "trainable_parameters": trains,
+                           "fingerprint": plan.fingerprint, "checks": dict(plan.checks)})
     return True
 
 
 def log(job: Job, epoch: int, loss: float, rate: float, norm: float, indices: list) -> None:
     """A line of metrics.jsonl, and the line that the user watches."""
-    state, total = job.state, len(job.order)
-    validated = state.step == total or state.step % job.recipe.eval_every == 0
+    left = len(job.order) - job.step
+    validated = left == 0 or job.step % job.recipe.eval_every == 0
+    line = {"step": job.step, "epoch": epoch, "train_loss": loss,
+            "val_loss": job.val_loss if validated else None, "lr": job.recipe.lr * rate,
+            "grad_norm": norm, "tokens": job.tokens, "seconds": round(job.seconds, 3),
+            "records": [job.positions[i] for i in indices]}
     if job.machine.rank == 0:
-        line = {"step": state.step, "epoch": epoch, "train_loss": loss,
-                "val_loss": state.val_loss if validated else None, "lr": job.recipe.lr * rate,
-                "grad_norm": norm, "tokens": state.tokens, "seconds": round(state.seconds, 3),
-                "records": [job.positions[i] for i in indices]}
         with open(job.out / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-    left = state.seconds / state.step * (total - state.step)
-    text = (f"step {state.step}/{total}  epoch {epoch}  train loss {loss:.3f}  "
-            f"val loss {state.val_loss or math.nan:.3f}  "
-            f"{state.tokens / state.seconds:,.0f} tokens/s  {left:.0f} s left")
+            job.logged = file.tell()
+    text = (f"step {job.step}/{len(job.order)}  epoch {epoch}  train loss {loss:.3f}  val loss "
+            f"{job.val_loss:.3f}  {job.tokens / job.seconds:,.0f} tokens/s  "
+            f"{job.seconds / job.step * left:.0f} s left")
     if sys.stdout.isatty():  # one line that is updated
         width = shutil.get_terminal_size().columns - 1
         say("\r" + text[:width].ljust(width), end="\n" if validated else "")
@@ -312,12 +305,12 @@ def log(job: Job, epoch: int, loss: float, rate: float, norm: float, indices: li
 
 def save_checkpoint(job: Job, model: GPT, plan, optimizer) -> None:
     """Write checkpoint.pt whole or not at all, its sha256 at its end; the one before it becomes
-    checkpoint.prev.pt. It holds what has trained so far: the rest is in --model. Every process must
-    call this; the first one writes."""
-    trained = set(plan.trainable).union(*(proof["trainable"] for proof in job.state.proofs))
+    checkpoint.prev.pt. It holds what has trained so far. Every process must call this."""
+    trained = set(plan.trainable).union(*(proof["trainable"] for proof in job.proofs))
     named = {name: p for name, p in model.named_parameters() if name in trained}
     gather = lambda tensor: whole(tensor.detach()).cpu()
-    content = {"record": job.record, "state": asdict(job.state), "proof": plan.proof,
+    state = {key: getattr(job, key) for key in STATE}
+    content = {"record": job.record, "state": state, "proof": plan.proof,
                "weights": {name: gather(p) for name, p in named.items()},
                "moments": {name: {key: gather(value) for key, value in optimizer.state[p].items()}
                            for name, p in named.items() if p in optimizer.state}}
@@ -333,8 +326,7 @@ def save_checkpoint(job: Job, model: GPT, plan, optimizer) -> None:
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:  # torch's own says nothing of a full disk
         temp.unlink(missing_ok=True)
-        free = shutil.disk_usage(job.out).free
-        raise OSError(f"{path}: not written ({error}); {free:,} bytes are free") from None
+        raise OSError(f"{path}: not written, is the disk full? ({error})") from None
     if path.exists():
         os.replace(path, job.out / "checkpoint.prev.pt")
     os.replace(temp, path)
@@ -351,7 +343,8 @@ def load_checkpoint(job: Job, model: GPT) -> dict:
                 saved = torch.load(path, map_location="cpu", weights_only=True)
                 refuse_another_run(saved["record"], job.record, job.out)
                 model.load_state_dict(saved["weights"], strict=False)
-                job.state = State(**saved["state"])
+                vars(job).update(saved["state"])
+                os.truncate(job.out / "metrics.jsonl", job.logged)  # later steps are taken again
                 return saved
         if path.exists():
             say(f"note     {path} is damaged and passed over")
@@ -403,19 +396,6 @@ def multiply_with_onednn() -> None:
         matmul.fp32_precision = "none"
 
 
-def speed_up_blocks(model: GPT, job: Job) -> None:
-    """--recompute, --compile, and on the CPU attention over short texts without the flash kernel,
-    whose products are small there: 1.75 times as fast up to 256 tokens, half as fast at 1,024."""
-    short = max(len(e.ids) for e in job.train + job.val) <= 256
-    small = short and job.machine.device.type == "cpu" and job.machine.dtype == torch.float32
-    torch.backends.cuda.enable_flash_sdp(not small)
-    for block in model.h:
-        if job.recipe.recompute:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-        if job.recipe.compile:
-            block.compile(dynamic=True)
-
-
 def join_processes(device: str, dtype: str) -> Machine:
     """This process among those that torchrun has started, or alone. Only the first one prints."""
     place, world = choose_device(device), int(os.environ.get("WORLD_SIZE", 1))
@@ -445,26 +425,12 @@ def shard(model: GPT, machine: Machine) -> None:
     register_fsdp_forward_method(model, "features")
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes: of the process at its largest, or allocated on the GPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def load_model(folder: Path, adapter: Path | None, flags: dict):
     """(model, tokenizer). A run's adapter is loaded, or the one that the flags ask for added."""
     if flags["untie_head"] and not read_config(folder).tie_word_embeddings:
         raise ValueError("--untie-head: the head of this model has weights of its own already")
-    if adapter and flags["lora_r"]:
-        raise ValueError("--lora-r: the model has an adapter, which trains on; or merge it first")
     tie = False if flags["untie_head"] else None
     model = GPT.from_pretrained(folder, flags["dropout"], tie_word_embeddings=tie)
-    tokenizer = load_tokenizer(folder)
-    if tokenizer.n_vocab > model.config.vocab_size:
-        raise ValueError(f"{folder}: the tokenizer has {tokenizer.n_vocab} ids, the model fewer")
     torch.manual_seed(flags["seed"])
     if adapter:
         load_lora(model, adapter)
@@ -472,7 +438,7 @@ def load_model(folder: Path, adapter: Path | None, flags: dict):
         targets = (flags["lora_targets"] or "c_attn,c_proj,c_fc").split(",")
         add_lora(model, flags["lora_r"], flags["lora_alpha"] or 2 * flags["lora_r"], targets,
                  flags["lora_dropout"] or 0.0, flags["rslora"])
-    return model, tokenizer
+    return model, load_tokenizer(folder)
 
 
 def fill_in(flags: dict, model: GPT, adapter: Path | None, machine: Machine) -> dict:
@@ -496,21 +462,16 @@ def fill_in(flags: dict, model: GPT, adapter: Path | None, machine: Machine) -> 
 
 def prepare(flags: dict, parts, model: GPT, tokenizer, machine: Machine) -> Job:
     """What the run will do, from its flags and records: examples, the order of steps, spans."""
-    recipe, notes, kept = argparse.Namespace(**flags), list(parts.notes), []
-    notes += filter(None, [marker_note(tokenizer, recipe.template)])
-    parts_used, dropped, cut = [], 0, 0
-    for records in (parts.train[:recipe.max_examples], parts.val):
-        encoded, kept_here = encode_examples(records, tokenizer, recipe.template, recipe.max_length)
-        dropped += len(records) - len(encoded)
-        cut += sum(e.ids[-1] != tokenizer.eot_token for e in encoded)
-        parts_used.append(encoded)
-        kept = kept or kept_here
-    if dropped or cut:
-        notes.append(f"{dropped} records are dropped, with no answer within {recipe.max_length} "
-                     f"tokens; {cut} are cut")
-    for note in notes:
-        say(f"note     {note}")
-    train_set, val_set = parts_used
+    recipe = argparse.Namespace(**flags)
+    records, how = parts.train[:recipe.max_examples], (recipe.template, recipe.max_length)
+    train_set, kept = encode_examples(records, tokenizer, *how)
+    val_set, _ = encode_examples(parts.val, tokenizer, *how)
+    dropped = len(records) + len(parts.val) - len(train_set) - len(val_set)
+    cut = sum(e.ids[-1] != tokenizer.eot_token for e in train_set + val_set)
+    lost = f"{dropped} records have no answer within {how[1]} tokens and are dropped, {cut} are cut"
+    for note in [*parts.notes, marker_note(tokenizer, how[0]), lost if dropped or cut else None]:
+        if note:
+            say(f"note     {note}")
     account = {"name": flags["data"], "sha256": parts.sha256, "split": parts.split,
                "rows": parts.rows, "used": len(train_set), "dropped": dropped, "truncated": cut}
     per_step = recipe.batch_size * recipe.grad_accum * machine.world
@@ -521,9 +482,9 @@ def prepare(flags: dict, parts, model: GPT, tokenizer, machine: Machine) -> Job:
     recipe.eval_every = recipe.eval_every or max(1, len(order) // 10)
     n_layer = model.config.n_layer
     spans = schedule(recipe.trainable, n_layer, len(order), len(epochs[0]), recipe.seed)
-    weights = json.dumps(digests(dict(model.named_parameters()))).encode()
+    weights = repr(digests(dict(model.named_parameters()))).encode()
     record = {"flags": flags, "data": account, "weights": hashlib.sha256(weights).hexdigest(),
-              "versions": {"python": platform.python_version(), "torch": torch.__version__}}
+              "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
     return Job(Path(flags["out"]), record, recipe, machine, train_set, val_set,
                [parts.positions[i] for i in kept], order, spans)
 
@@ -531,18 +492,20 @@ def prepare(flags: dict, parts, model: GPT, tokenizer, machine: Machine) -> Job:
 def lowest_trained(model: GPT, job: Job) -> int:
     """The lowest block that trains in any span; ValueError for a flag that has no effect then."""
     names = set().union(*(resolve(model, policy) for policy in {p for _, p in job.spans}))
-    layer, policy = lowest_block(names, model.config.n_layer), job.recipe.trainable
-    if job.recipe.lora_r and not any(map(ADAPTER.search, names)):
-        raise ValueError(f"--lora-r: no adapter trains under --trainable {policy}; add lora to it")
-    if job.recipe.cache_prefix and layer == 0:
-        raise ValueError(f"--cache-prefix: no block lies below what trains in {policy}")
-    if job.recipe.fsdp and len(job.spans) > 1:
-        raise ValueError(f"--fsdp: what trains under {policy} changes, what is sharded cannot")
+    layer, recipe = lowest_block(names, model.config.n_layer), job.recipe
+    for flag, idle, why in (
+        ("lora-r", recipe.lora_r and not any(map(ADAPTER.search, names)), "no adapter trains"),
+        ("cache-prefix", recipe.cache_prefix and layer == 0, "no block lies below what trains"),
+        ("fsdp", recipe.fsdp and len(job.spans) > 1, "what trains changes with time"),
+    ):
+        if idle:
+            raise ValueError(f"--{flag} does not go with --trainable {recipe.trainable}: {why}")
     return layer
 
 
-def take_folder(out: Path, resume: bool, overwrite: bool, sources: list) -> None:
-    """OSError unless the run folder is free, or holds a run that may be replaced or resumed."""
+def claim(out: Path, resume: bool, overwrite: bool, sources: list, machine: Machine) -> None:
+    """Make the run folder, without what an earlier run wrote, unless that is resumed. OSError
+    unless it is free, or holds a run that may be replaced or resumed."""
     held = (out / "metrics.jsonl").exists() or (out / "run.json").exists()
     if resume and not held:
         raise FileNotFoundError(f"--resume: no run in {out}")
@@ -551,19 +514,13 @@ def take_folder(out: Path, resume: bool, overwrite: bool, sources: list) -> None
     if held and not (resume or overwrite):
         raise FileExistsError(f"--out {out}: holds a run; --resume goes on with it, --overwrite "
                               "replaces it, another --out keeps it")
-    for path in sources:
-        if path and path.resolve().is_relative_to(out.resolve()):
-            raise FileExistsError(f"--out {out}: holds {path}, from which this run starts")
-
-
-def begin_folder(out: Path, step: int) -> None:
-    """Empty the run folder (what others put there stays), or cut what a resumed run repeats."""
-    out.mkdir(parents=True, exist_ok=True)
-    lines = [line for line in read_records(out / "metrics.jsonl") if line["step"] <= step]
-    for path in [path for name in WRITTEN for path in out.glob(name)] if step == 0 else ():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    with open(out / "metrics.jsonl", "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(line) + "\n" for line in lines if step)
+    if any(path and path.resolve().is_relative_to(out.resolve()) for path in sources):
+        raise FileExistsError(f"--out {out}: holds the model that this run starts from")
+    machine.wait()  # all have seen the folder as it was
+    if machine.rank == 0 and not resume:
+        out.mkdir(parents=True, exist_ok=True)
+        for path in [path for name in WRITTEN for path in out.glob(name)]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def run(args) -> int:
@@ -571,33 +528,31 @@ def run(args) -> int:
     machine = join_processes(args.device, args.dtype)
     if args.fsdp and machine.world == 1:
         raise ValueError("--fsdp: there is one process; start several with torchrun")
-    if machine.rank > 0:
-        dist.barrier()  # the first one downloads, the others find what it got
     (folder, adapter), parts = locate(args.model), load_parts(args.data)
-    if machine.rank == 0 and machine.world > 1:
-        dist.barrier()
     model, tokenizer = load_model(folder, adapter, vars(args))
     job = prepare(fill_in(vars(args), model, adapter, machine), parts, model, tokenizer, machine)
     layer, out = lowest_trained(model, job), job.out
-    take_folder(out, args.resume, args.overwrite, [folder, adapter])
+    claim(out, args.resume, args.overwrite, [folder, adapter], machine)
     if args.resume and (out / "run.json").exists():
         refuse_another_run(read_json(out / "run.json"), job.record, out)
         say(f"{out}: the run is complete; evaluate.py {out} scores it")
         return 0
     saved = load_checkpoint(job, model) if args.resume else None
-    if machine.rank == 0:
-        begin_folder(out, job.state.step)
     say(f"data     {args.data}: {parts.rows} records ({parts.split}); {len(job.train)} train, "
         f"{len(job.val)} validate, {len(parts.test)} test")
-    say(f"model    {args.model} on {machine.device} in {job.recipe.dtype}; steps {job.state.step} to "
-        f"{len(job.order)}, lr {job.recipe.lr:g}")
+    say(f"model    {args.model} on {machine.device} in {job.recipe.dtype}, lr {job.recipe.lr:g}")
 
     model.to(machine.device)
-    speed_up_blocks(model, job)
+    for block in model.h:
+        if args.recompute:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        if args.compile:
+            block.compile(dynamic=True)
     if args.fsdp:
         shard(model, machine)
     if args.cache_prefix:
-        job.prefix = Prefix(model, layer, job.train + job.val, job.recipe.batch_size, machine)
+        examples, size = job.train + job.val, job.recipe.batch_size
+        job.prefix = layer, cache_prefix(model, layer, examples, size, machine)
     noted = []  # signals: the step at hand is finished first
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: noted.append(number))
@@ -605,65 +560,61 @@ def run(args) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if not finished:
-        say(f"\nstopped after step {job.state.step}; the same command with --resume goes on")
+        say(f"\nstopped after step {job.step}; the same command with --resume goes on")
         return 128 + (noted or [signal.SIGTERM])[0]
-    finish(job, model, folder, tokenizer, [] if args.no_responses else parts.test)
+    for module in model.modules():
+        if hasattr(module, "unshard"):
+            module.unshard()  # put together again, in every process
+    machine.wait()
+    if machine.rank == 0:
+        finish(job, model, folder, tokenizer, [] if args.no_responses else parts.test)
     return 0
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the process at its largest, or allocated on the GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def finish(job: Job, model: GPT, folder: Path, tokenizer, test: list) -> None:
     """Save what was trained and run.json, then answer the test records."""
-    for module in model.modules() if hasattr(model, "unshard") else ():
-        if hasattr(module, "unshard"):
-            module.unshard()  # put together again, in every process
-    if job.machine.world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
-    if job.machine.rank > 0:
-        return
-    out, state = job.out, job.state
+    out, base = job.out, folder
     limit = min(model.config.block_size, 2 * max(len(e.ids) - e.n_prompt for e in job.train))
-    figures = {"steps": state.step, "train_loss": sum(state.losses) / len(state.losses),
-               "val_loss": state.val_loss, "exact_match": None, "seconds": round(state.seconds, 3),
-               "tokens_per_second": round(state.tokens / state.seconds, 1),
-               "peak_memory_bytes": peak_memory(job.machine.device), "max_new_tokens": limit}
-    record = job.record | {"freeze": state.proofs, "train": figures}
-    trained = {name for proof in state.proofs for name in proof["trainable"]}
+    figures = {"steps": job.step, "train_loss": sum(job.losses) / len(job.losses),
+               "val_loss": job.val_loss, "exact_match": None, "seconds": round(job.seconds, 3),
+               "tokens_per_second": round(job.tokens / job.seconds, 1), "max_new_tokens": limit,
+               "peak_memory_bytes": peak_memory(job.machine.device)}
+    record = job.record | {"freeze": job.proofs, "train": figures}
+    trained = {name for proof in job.proofs for name in proof["trainable"]}
     if job.recipe.untie_head or not all(map(ADAPTER.search, trained)):
-        model.save_pretrained(out / "model", base_only=True, eos_id=tokenizer.eot_token)
-        copy_tokenizer(folder, out / "model")
-        folder = out / "model"
+        base = out / "model"
+        model.save_pretrained(base, base_only=True, eos_id=tokenizer.eot_token)
+        copy_tokenizer(folder, base)
     if any(ADAPTER.search(name) for name, _ in model.named_parameters()):
-        save_lora(model, out / "adapter", base=str(folder.resolve()))
+        save_lora(model, out / "adapter", base=str(base.resolve()))
     write_json(out / "run.json", record)
     for path in out.glob("checkpoint.*"):
         path.unlink()
     plot_losses(read_records(out / "metrics.jsonl"), out / "loss.png")
-    say(f"trained  {state.step} steps in {state.seconds:.0f} s, {figures['tokens_per_second']:,.0f} "
-        f"tokens/s, val loss {state.val_loss:.3f}, {figures['peak_memory_bytes'] / 2**30:.2f} GiB")
-    say(f"proved   {len(state.proofs[-1]['frozen'])} frozen tensors are bit-identical, "
-        f"{len(state.proofs[-1]['trainable'])} trainable ones have changed")
+    frozen, checks = job.proofs[-1]["frozen"], sum(sum(p["checks"].values()) for p in job.proofs)
+    say(f"trained  {job.step} steps in {job.seconds:.0f} s, {job.tokens / job.seconds:,.0f} "
+        f"tokens/s, val loss {job.val_loss:.3f}, {figures['peak_memory_bytes'] / 2**30:.2f} GiB")
+    say(f"proved   {len(frozen)} frozen tensors are bit-identical, {len(trained)} have trained; "
+        f"{checks} checks passed")
     if test:
         answers = generate_responses(model, tokenizer, test, job.recipe.template, limit,
                                      out / "responses.jsonl")
         for r in answers[:3]:
-            say(f"prompt   {textwrap.shorten(r['instruction'] + ' ' + r['input'], 80)}")
-            say(f"answer   {textwrap.shorten(r['model_response'], 80)}")
+            say(f"answer   {r['instruction'][-60:]!r} -> {r['model_response'][:60]!r}")
         right = [r["ended"] and exact_match(r["model_response"], r["output"]) for r in answers]
         figures["exact_match"] = sum(right) / len(right)
         write_json(out / "run.json", record)
         say(f"test     {figures['exact_match']:.1%} of {len(right)} answers are exactly right")
     say(f"saved    {out}")
-
-
-def number(kind, low, high=math.inf):
-    """An argparse type: a number from low to high."""
-    def parse(text):
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
-        return kind(text)
-    parse.__name__ = kind.__name__
-    return parse
 
 
 def parse_args(argv=None):
@@ -673,38 +624,36 @@ def parse_args(argv=None):
         epilog="auto: models below 10 M parameters take lr 3e-4, 3 epochs, batches of 16; larger "
         "ones lr 5e-5, 2 epochs, batches of 8. Adapters learn ten times as fast as full weights.")
     parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
-    count, share = number(int, 1), number(float, 0, 0.99)
     add = parser.add_argument_group("what").add_argument
     add("--model", default="tiny", help="a model or run folder, tiny, gpt2, gpt2-medium, ...")
     add("--data", default="tiny", help="a file of records, a folder of parts, tiny, book, alpaca")
     add("--out", help="run folder to write (default: runs/MODEL-POLICY)")
     add = parser.add_argument_group("which weights").add_argument
     add("--trainable", help="freeze policy: all, last_block, lora,norms, ... (default: all)")
-    add("--lora-r", type=count, help="rank of the adapters to add")
-    add("--lora-alpha", type=number(float, 1e-6, 1e9), help="scale times rank (default: 2 r)")
+    add("--lora-r", type=int, help="rank of the adapters to add")
+    add("--lora-alpha", type=float, help="scale times rank (default: 2 r)")
     add("--lora-targets", help="suffixes of module names (default: c_attn,c_proj,c_fc)")
-    add("--lora-dropout", type=share, help="on the adapters' input (default: 0)")
+    add("--lora-dropout", type=float, help="on the adapters' input (default: 0)")
     add("--rslora", action="store_true", help="scale by alpha / sqrt(r) in place of alpha / r")
     add("--untie-head", action="store_true", help="give the head its own copy of the embedding")
     add = parser.add_argument_group("data").add_argument
     add("--template", choices=list(TEMPLATES), default="alpaca", help="prompt format")
     add("--loss-on", choices=["response", "all"], default="response", help="which tokens count")
-    add("--max-length", type=number(int, 2), help="tokens of an example (default: all that fit)")
-    add("--max-examples", type=count, help="train on the first so many records")
+    add("--max-length", type=int, help="tokens of an example (default: all that fit)")
+    add("--max-examples", type=int, help="train on the first so many records")
     add = parser.add_argument_group("optimization").add_argument
-    add("--epochs", type=count, help="passes over the training part (default: auto)")
-    add("--batch-size", type=count, help="examples in a micro-batch (default: auto)")
-    add("--grad-accum", type=count, default=1, help="micro-batches in a step")
-    add("--lr", type=number(float, 1e-12), help="peak learning rate (default: auto)")
-    add("--lr-decay", type=number(float, 1e-3, 1), default=1.0, help="factor for each block down")
-    add("--dropout", type=share, default=0.0, help="in the model")
-    add("--weight-decay", type=number(float, 0), default=0.1, help="on matrices alone")
-    add("--warmup", type=number(float, 0), default=0.05, help="steps, or below 1 a share of them")
-    add("--schedule", choices=["linear", "cosine", "constant"], default="linear",
-        help="how the rate falls after the warm-up")
-    add("--clip", type=number(float, 0), default=1.0, help="largest gradient norm; 0: do not clip")
-    add("--seed", type=number(int, 0, 2**40), default=123, help="of order, adapters and dropout")
-    add("--max-steps", type=count, help="stop after so many steps")
+    add("--epochs", type=int, help="passes over the training part (default: auto)")
+    add("--batch-size", type=int, help="examples in a micro-batch (default: auto)")
+    add("--grad-accum", type=int, default=1, help="micro-batches in a step")
+    add("--lr", type=float, help="peak learning rate (default: auto)")
+    add("--lr-decay", type=float, default=1.0, help="factor for each block further from the head")
+    add("--dropout", type=float, default=0.0, help="in the model")
+    add("--weight-decay", type=float, default=0.1, help="on matrices, not on biases and norms")
+    add("--warmup", type=float, default=0.05, help="steps, or below 1 a share of them")
+    add("--schedule", choices=["linear", "cosine", "constant"], default="linear", help="of rate")
+    add("--clip", type=float, default=1.0, help="largest gradient norm; 0: do not clip")
+    add("--seed", type=int, default=123, help="of order, adapters and dropout")
+    add("--max-steps", type=int, help="stop after so many steps")
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", choices=["auto", "fp32", "bf16"], default="auto",
@@ -714,15 +663,19 @@ def parse_args(argv=None):
     add("--recompute", action="store_true", help="activations again in backward: less memory")
     add("--fsdp", action="store_true", help="with torchrun: shard the model over the processes")
     add = parser.add_argument_group("output").add_argument
-    add("--eval-every", type=count, help="validate every so many steps (default: ten times)")
-    add("--checkpoint-every", type=count, help="in steps (default: every ten minutes)")
+    add("--eval-every", type=int, help="validate every so many steps (default: ten times)")
+    add("--checkpoint-every", type=int, help="in steps (default: every ten minutes)")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
     add("--overwrite", action="store_true", help="replace the run in --out")
     add("--no-responses", action="store_true", help="do not answer the test prompts")
     args = parser.parse_args(argv)
-    for name in ("lora_alpha", "lora_targets", "lora_dropout", "rslora"):
-        if getattr(args, name) not in (None, False) and not args.lora_r:
-            parser.error(f"--{name.replace('_', '-')} has no effect without --lora-r")
+    zero = ("dropout", "lora_dropout", "weight_decay", "warmup", "clip", "seed")  # may be
+    for name, value in vars(args).items():
+        flag = "--" + name.replace("_", "-")
+        if type(value) in (int, float) and not (0 < value < 2**62 or value == 0 and name in zero):
+            parser.error(f"{flag} {value}: must be above zero")
+        if value == "" or name.startswith(("lora_", "rslora")) and value and not args.lora_r:
+            parser.error(f"{flag}: is empty, or has no effect without --lora-r")
     if args.resume and args.overwrite or args.fsdp and args.cache_prefix:
         parser.error("--resume and --overwrite, --fsdp and --cache-prefix exclude each other")
     return args

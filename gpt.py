@@ -10,7 +10,6 @@ Checked against transformers, torch.nn.TransformerEncoderLayer and the safetenso
 import argparse
 import ctypes
 import hashlib
-import http.client
 import json
 import math
 import os
@@ -155,7 +154,7 @@ class GPT(nn.Module):
     def run_blocks(self, x: Tensor, first=0, last=None, cache: KVCache | None = None) -> Tensor:
         """Blocks first to last - 1 (None: to the end), (B, T, C) -> (B, T, C)."""
         for block in list(self.h)[first:last]:
-            x = block(x) if cache is None else block(x, cache)
+            x = block(x, cache)
         return x
 
     def features(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -222,7 +221,7 @@ def sample(logits: Tensor, temperature=0.0, top_k=None, top_p=None, u=None) -> T
     if top_p is not None:
         probs[probs.cumsum(-1) - probs >= top_p] = 0.0  # those before it reach top_p
     mass = probs.cumsum(-1)
-    drawn = torch.searchsorted(mass, (1 - u[:, None]) * mass[:, -1:])  # above 0: not what is out
+    drawn = torch.searchsorted(mass, u[:, None] * mass[:, -1:])
     return ids.gather(1, drawn)[:, 0]
 
 
@@ -242,7 +241,7 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, *,
     if (max_new_tokens < 1 or not temperature >= 0 or temperature == 0 and (top_k or top_p)
             or top_k is not None and top_k < 1 or top_p is not None and not 0 < top_p <= 1):
         raise ValueError(f"impossible or idle: {max_new_tokens=} {temperature=} {top_k=} {top_p=}")
-    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+    rng = None if seed is None else torch.Generator(device).manual_seed(seed)
     room = [min(max_new_tokens, block_size - len(p)) for p in prompts]
     modes = {module: module.training for module in model.modules()}
     adapters = {m: m.active for m in modes if isinstance(getattr(m, "active", None), list)}
@@ -262,9 +261,8 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, *,
     rows, answers = list(range(len(prompts))), [[] for _ in prompts]  # rows: still in the batch
     hidden = hidden[rows, [len(ids) - 1 for ids in rest]]  # (B, C)
     while rows:
-        u = None
-        if temperature > 0:  # drawn for all: which rows are left changes nothing for the others
-            u = torch.rand(len(prompts), generator=generator, device=device)[rows]
+        # Drawn for all prompts: which rows are left changes nothing for the others.
+        u = torch.rand(len(prompts), generator=rng, device=device)[rows] if temperature else None
         ids = sample(model.lm_head(hidden), temperature, top_k, top_p, u)  # (B,)
         for row, token in zip(rows, ids.tolist()):
             answers[row].append(token)
@@ -325,8 +323,7 @@ def write_safetensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         for t in tensors.values():  # one at a time: no second copy of the model
             t = t.detach().cpu().contiguous()
-            if t.numel():
-                file.write((ctypes.c_char * t.nbytes).from_address(t.data_ptr()))
+            file.write((ctypes.c_char * t.nbytes).from_address(t.data_ptr()))
 
 
 @contextmanager
@@ -449,9 +446,9 @@ def download(url: str, path: Path, sha256: str | None = None, attempts: int = 3)
     """Fetch a file, whole or not at all; checked are its size, and its sha256, given or the hub's.
     OSError where network, server or disk fail each time, ValueError where something else comes."""
     redirects, digest = Redirects(), hashlib.sha256()
-    opener = urllib.request.build_opener(redirects)
+    fetch = urllib.request.build_opener(redirects).open
     try:
-        with opener.open(url, timeout=30) as answer, replacing(path) as file:
+        with fetch(url, timeout=30) as answer, replacing(path) as file:
             said = redirects.said
             size = int(said.get("X-Linked-Size") or answer.headers.get("Content-Length") or 0)
             while chunk := answer.read(2**24):
@@ -466,7 +463,7 @@ def download(url: str, path: Path, sha256: str | None = None, attempts: int = 3)
             tag = re.search(r"\b[0-9a-f]{64}\b", said.get("X-Linked-Etag", ""))
             if digest.hexdigest() != (sha256 or tag and tag[0] or digest.hexdigest()):
                 raise ValueError(f"{url}: what came has another sha256, {digest.hexdigest()}")
-    except (OSError, http.client.HTTPException) as error:
+    except OSError as error:
         if attempts == 1 or 400 <= getattr(error, "code", 0) < 500:
             raise OSError(f"{url}: {error}; or put it into {path.parent} yourself") from None
         time.sleep(1)
@@ -476,7 +473,7 @@ def download(url: str, path: Path, sha256: str | None = None, attempts: int = 3)
 def choose_device(name: str) -> torch.device:
     """auto, cpu, cuda (torchrun's processes: each its own), cuda:1, mps; ValueError if not here."""
     if name == "auto":
-        name = getattr(torch.accelerator.current_accelerator(check_available=True), "type", "cpu")
+        name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:

@@ -176,7 +176,7 @@ def _read_adapter(folder):
             raise ValueError(f"{folder}: {key} {value!r} is not supported")
     weights = folder / "adapter_model.safetensors"
     if not weights.exists():
-        raise FileNotFoundError(f"no {weights} (load adapter_model.bin with peft and save it again)")
+        raise FileNotFoundError(f"no {weights} (load adapter_model.bin with peft, save it again)")
     return config, read_safetensors(weights)
 
 

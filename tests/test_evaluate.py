@@ -307,8 +307,8 @@ def test_token_f1_and_rouge_l_have_their_known_values(prediction, reference, f1,
 
 
 @pytest.mark.parametrize("text, n", [
-    ("नमस्ते दुनिया", 2), ("don't stop", 3), ("abc123 x", 2), ("我有3个苹果。", 6), ("ひらがなとGPT2", 7),
-    ("กำ", 1), ("Ελλάδα, Κύπρος", 2), ("한국어 문장", 2), ("", 0), ("?!", 1), ("e\u0301a", 1)])
+    ("नमस्ते दुनिया", 2), ("don't stop", 3), ("abc123 x", 2), ("我有3个苹果。", 6), ("ひらがなとGPT2", 6),
+    ("กี", 1), ("Ελλάδα, Κύπρος", 2), ("한국어 문장", 2), ("", 0), ("?!", 1), ("e\u0301a", 1)])
 def test_words_keep_their_marks_and_unspaced_scripts_count_by_character(text, n):
     assert len(E.words(text)) == n
 
@@ -377,7 +377,7 @@ def test_a_stated_score_is_read(reply, score):
     "Score: 85 or 90", "score: 85-90", "Score: 7.5/10", "Score: 7/10", "Score: 3 out of 5", "1e2",
     "Score: 1e2", "I grade from 0 to 100.", "score: 0 to 100", "a grade in brackets: [[grade]]",
     "The answer names 3 capitals.", "B2B", "[[A]]", "<think>[[50]]", "Score: 9 (out of 10)",
-    '{"score": 10, "score": 90}', "underscore: 5", "٨٥"])
+    '{"score": 10, "score": 90}', "underscore: 5"])
 def test_nothing_is_clamped_or_guessed(reply):
     assert E.parse_score(reply) is None
 
@@ -428,13 +428,13 @@ def test_a_prompt_that_comes_back_states_no_score():
     ("openai:m", "/api/chat", "/v1/chat/completions"),
     ("openai:m", "/api", "/api/chat/completions"), ("openai:m", "/api/v1", "/api/v1/chat/completions")])
 def test_a_server_is_found_by_its_url_as_people_have_it(server, spec, url, path):
-    assert E.ServerJudge(spec, server.url + url).ask(E.fill("q", "r", "r")) == ("Compared. [[95]]", False)
+    assert E.server_judge(spec, server.url + url).ask(E.fill("q", "r", "r")) == ("Compared. [[95]]", False)
     assert server.asked[0][0] == path and server.asked[0][1]["stream"] is False
 
 
 def test_a_judge_is_asked_at_temperature_zero_with_a_seed_and_its_limits(server):
     for spec in ("ollama:m", "openai:m"):
-        E.ServerJudge(spec, server.url, max_tokens=77).ask(E.fill("q", "r", "r"))
+        E.server_judge(spec, server.url, max_tokens=77).ask(E.fill("q", "r", "r"))
     ollama, openai = (body for _, body, _ in server.asked)
     assert ollama["options"] == {"temperature": 0, "seed": 123, "num_ctx": 4096, "num_predict": 77}
     assert ollama["truncate"] is False and ollama["model"] == openai["model"] == "m"
@@ -454,14 +454,14 @@ def failing(n, *answer):
     (1, (200, "short", {"Content-Length": "99"}), [0.5])])
 def test_a_fault_that_may_pass_is_tried_again(server, waits, n, answer, waited):
     server.reply = failing(n, *answer)
-    assert E.ServerJudge("openai:m", server.url).ask(E.fill("q", "r", "r"))[0] == "Compared. [[95]]"
+    assert E.server_judge("openai:m", server.url).ask(E.fill("q", "r", "r"))[0] == "Compared. [[95]]"
     assert waits == waited
 
 
 def test_a_connection_that_breaks_is_tried_again_five_times_in_all(server, waits):
     server.reply = lambda path, body: None
     with pytest.raises(OSError, match=f"{server.url}/api/chat: 0 no reply .*is the server running"):
-        E.ServerJudge("ollama:m", server.url).ask("x")
+        E.server_judge("ollama:m", server.url).ask("x")
     assert len(server.asked) == 5 and waits == [0.5, 1, 2, 4]
 
 
@@ -505,7 +505,7 @@ def test_a_parameter_that_is_refused_is_left_out_from_then_on_and_named_once(
         server, capsys, spec, refused, status, words):
     server.reply = lambda path, body: (
         (status, json.dumps({"error": words})) if refused in body else honest(path, body))
-    judge = E.ServerJudge(spec, server.url)
+    judge = E.server_judge(spec, server.url)
     for _ in range(2):
         assert judge.ask(E.fill("q", "r", "r"))[0] == "Compared. [[95]]"
     assert [refused in body for _, body, _ in server.asked] == [True, False, False]
@@ -519,7 +519,7 @@ def test_a_parameter_that_is_refused_is_left_out_from_then_on_and_named_once(
 def test_thoughts_without_a_reply_are_asked_again_without_thinking(server, spec, key, switch):
     server.reply = lambda path, body: (
         honest(path, body) if switch in body else said(path, "", cut=True, **{key: "Hmm"}))
-    judge = E.ServerJudge(spec, server.url)
+    judge = E.server_judge(spec, server.url)
     for _ in range(2):
         assert judge.ask(E.fill("q", "r", "r")) == ("Compared. [[95]]", False)
     assert [body.get(switch) for _, body, _ in server.asked] == {
@@ -530,7 +530,7 @@ def test_a_server_that_refuses_the_switch_and_goes_on_thinking_gives_a_reply_tha
     server.reply = lambda path, body: (
         (400, '{"error": "\\"m\\" does not support thinking"}') if "think" in body else
         said(path, "", cut=True, thinking="Hmm"))
-    assert E.ServerJudge("ollama:m", server.url).ask("x") == ("", True)
+    assert E.server_judge("ollama:m", server.url).ask("x") == ("", True)
     assert len(server.asked) == 3
 
 
@@ -618,4 +618,326 @@ def test_a_judges_url_is_of_http_and_without_password_or_query(answers_only, cap
 
 def test_no_proxy_of_the_environment_is_used(server, monkeypatch):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-    assert E.ServerJudge("ollama:m", server.url).ask(E.fill("q", "r", "r"))[0] == "Compared. [[95]]"
+    assert E.server_judge("ollama:m", server.url).ask(E.fill("q", "r", "r"))[0] == "Compared. [[95]]"
+
+
+# ---- the judging
+
+
+def test_a_killed_judge_goes_on_after_a_torn_line_and_asks_for_the_rest_alone(
+        server, answers_only, capsys):
+    folder = answers_only()
+    assert judged(folder, server) == 0
+    whole = scores(folder)
+    path = folder / "judge-ollama-m.jsonl"
+    kept = path.read_text().splitlines()
+    path.write_text("\n".join(kept[:2]) + "\n" + kept[2][:20])
+    server.asked.clear()
+    assert judged(folder, server) == 0
+    assert [shown(body)[1] for _, body, _ in server.asked] == [["answer 2"], ["no idea"]]
+    assert path.read_text().splitlines() == kept and scores(folder) == whole
+    server.asked.clear()
+    assert judged(folder, server) == 0 and not server.asked
+
+
+def test_what_is_judged_is_on_the_disk_before_the_next_question(server, answers_only):
+    folder, seen = answers_only(), []
+
+    def reply(path, body):
+        seen.append(len(E.read_records(folder / "judge-ollama-m.jsonl")))
+        return (403, "enough") if len(seen) == 4 else honest(path, body)
+
+    server.reply = reply
+    assert judged(folder, server) == 1 and seen == [0, 1, 2, 3]
+    assert len(lines(folder / "judge-ollama-m.jsonl")) == 3
+
+
+def test_a_changed_answer_or_setting_is_asked_anew_and_the_old_score_counts_no_more(
+        server, answers_only):
+    folder = answers_only()
+    assert judged(folder, server) == 0
+    changed = [record(0, right=False), *lines(folder / "responses.jsonl")[1:]]
+    (folder / "responses.jsonl").write_text("".join(json.dumps(r) + "\n" for r in changed))
+    server.asked.clear()
+    assert judged(folder, server) == 0
+    assert [shown(body)[1] for _, body, _ in server.asked] == [["no idea"]]
+    assert scores(folder)["judge"]["mean"] == (5 + 95 + 95 + 5) / 4
+    assert judged(folder, server, "--judge-max-tokens", 5) == 0
+    assert len(server.asked) == 1 + 4 + 16
+
+
+@pytest.mark.parametrize("judge, fit, means", [
+    (honest, "fit", [95, 5, 5, 5]),
+    (lambda path, body: said(path, "[[90]]"), "UNFIT", [90] * 4),
+    (lambda path, body: said(path, "[[10]]"), "UNFIT", [10] * 4),
+    (lambda path, body: said(path, "[[90]]") if "perfect" in shown(body)[1][0] else
+     honest(path, body), "UNFIT", [95, 5, 5, 90]),
+    (lambda path, body: said(path, "none") if shown(body)[1] == [""] else honest(path, body),
+     "UNFIT", [95, 5, None, 5])])
+def test_canaries_tell_whether_the_judge_is_fit(server, answers_only, capsys, judge, fit, means):
+    server.reply, folder = judge, answers_only(n=25)
+    assert judged(folder, server) == 0
+    report = scores(folder)["judge"]
+    assert report["judge_is"] == fit and list(report["canaries"].values()) == means
+    assert Counter(r["id"].split()[0] for r in lines(folder / "canaries-ollama-m.jsonl")) == {
+        "reference": 9, "another": 9, "empty": 9, "injection": 9}
+    assert f"judge: judge is" in capsys.readouterr().out
+
+
+def test_the_other_answer_of_a_canary_is_never_the_right_one(server, answers_only):
+    folder = answers_only(n=3, output="the same")
+    assert judged(folder, server) == 0
+    assert scores(folder)["judge"]["canaries"]["another"] == 5  # an empty one, for want of others
+
+
+def test_two_runs_are_compared_on_the_records_that_both_have(server, answers_only, capsys):
+    a, b = answers_only("a", right=1), answers_only("b", right=3)
+    extra = [record(9), {**record(3), "output": "another question's"}]
+    kept = lines(b / "responses.jsonl")[:3]
+    (b / "responses.jsonl").write_text(json.dumps([*kept, *extra]))
+    assert run(a, b, "--judge", "ollama:m", "--judge-url", server.url) == 0
+    difference = scores(b)["minus_the_first"]
+    assert difference["exact_match"] == {
+        "n": 3, "difference": pytest.approx(2 / 3), "interval": E.interval([0.0, 1.0, 1.0])}
+    assert difference["judge"]["difference"] == pytest.approx(60)
+    assert "minus_the_first" not in scores(a)
+    assert "minus the first: exact match: difference" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verdict, expected", [
+    (lambda a, b: "A", (0.5, 1.0)),  # whatever comes first: half the wins, all flipped
+    (lambda a, b: "C", (0.5, 0.0)), (lambda a, b: "B" if a == "no idea" else "A", (5 / 6, 1 / 3)),
+    (lambda a, b: "C" if a == "no idea" else "A", (0.5, 1.0)), (lambda a, b: "?", (None, None))])
+def test_a_pair_is_won_where_both_orders_agree(server, answers_only, verdict, expected):
+    first, second = answers_only("a", right=1, n=3), answers_only("b", right=3, n=3)
+    server.reply = lambda path, body: (
+        said(path, f"[[{verdict(*shown(body)[1])}]]") if "<B " in str(body) else honest(path, body))
+    assert run(first, second, "--judge", "ollama:m", "--judge-url", server.url, "--pairwise") == 0
+    report = scores(second)["against_the_first"]
+    assert (report["win_rate"], report["flip_rate"]) == (expected[0] and pytest.approx(expected[0]),
+                                                         expected[1] and pytest.approx(expected[1]))
+    n = 0 if expected[0] is None else 3
+    assert report["answers"] == f"{n} compared of 3"
+    assert len(lines(second / "pairs-ollama-m.jsonl")) == 6
+
+
+# ---- folders
+
+
+@pytest.mark.parametrize("text", ["json array", "json lines"])
+def test_a_folder_of_responses_alone_is_scored_by_its_texts_and_never_rewritten(tmp_path, text):
+    records = [record(0), record(1, right=False), record(2, ended=False)]
+    text = json.dumps(records, indent=1) if text == "json array" else "\n".join(map(json.dumps, records))
+    (tmp_path / "responses.jsonl").write_text(text)
+    assert run(tmp_path) == 0 and (tmp_path / "responses.jsonl").read_text() == text
+    report = scores(tmp_path)
+    assert report["n"] == 3 and report["exact_match"] == report["never_ended"] == pytest.approx(1 / 3)
+    assert report["words"] == 2 and report["token_f1"] == pytest.approx(2 / 3)
+    assert report["exact_match_interval"] == E.interval([1.0, 0.0, 0.0])
+
+
+@pytest.mark.parametrize("text, words", [
+    (json.dumps(record(0)) + "\n" + json.dumps(record(1))[:30], "responses.jsonl, line 2: "),
+    (json.dumps([record(0)], indent=1)[:-4], "responses.jsonl, line 1: "),
+    (json.dumps(record(0)) + '\n{"output": "x"}\n', "responses.jsonl, record 2: "),
+    (json.dumps(record(0, model_response=None)), "responses.jsonl, record 1: "),
+    ("[1, 2]", "responses.jsonl, record 1: "), ("", "responses.jsonl, record 1: ")])
+def test_a_broken_file_of_responses_is_one_line_and_stays_as_it_is(tmp_path, capsys, text, words):
+    (tmp_path / "responses.jsonl").write_text(text)
+    assert run(tmp_path) == 1 and (tmp_path / "responses.jsonl").read_text() == text
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and words in error and error.count("\n") == 1
+    assert not (tmp_path / "scores.json").exists()
+
+
+@pytest.fixture
+def trained(tmp_path, base):
+    """A run folder as finetune.py writes it: trained on `records`, its model a bit off its base."""
+    path = tmp_path / "data.json"
+    records = [{"instruction": f"question {i}", "input": "", "output": f"answer {i}",
+                "task": "ab"[i % 2], "level": i % 3} for i in range(40)]
+    path.write_text(json.dumps(records))
+    folder = tmp_path / "runs" / "r"
+    model = gpt.GPT.from_pretrained(base)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.5)
+    model.save_pretrained(folder / "model")
+    data.copy_tokenizer(base, folder / "model")
+    info = {"flags": {"model": str(base), "template": "plain"}, "train": {"max_new_tokens": 3},
+            "data": {"name": str(path), "sha256": sha256(path.read_bytes()).hexdigest(),
+                     "split": "shuffled"}}
+    (folder / "run.json").write_text(json.dumps(info))
+    return folder
+
+
+def test_a_run_is_answered_and_scored_with_its_model_and_forgetting_is_of_its_base(
+        trained, base, tmp_path, capsys):
+    (tmp_path / "t.txt").write_text("Once upon a time there was a plain text.")
+    assert run(trained, "--text", tmp_path / "t.txt") == 0
+    examples = data.load_parts(tmp_path / "data.json").test
+    got = lines(trained / "responses.jsonl")
+    assert sorted(r["instruction"] for r in got) == sorted(e["instruction"] for e in examples)
+    report, (gpt2, tokenizer) = scores(trained), E.load_model(trained, "cpu")
+    encoded, _ = data.encode_examples(examples, tokenizer, "plain")
+    nats, tokens = map(sum, zip(*E.nlls(gpt2, encoded)))
+    assert report["response_nll"] == pytest.approx(nats / tokens, rel=1e-6)
+    assert report["response_perplexity"] == pytest.approx(math.exp(nats / tokens))
+    ids = tokenizer.encode_ordinary((tmp_path / "t.txt").read_text())
+    before = E.text_nll(E.load_model(base, "cpu")[0], ids)
+    assert report["forgetting"] == pytest.approx(E.text_nll(gpt2, ids) - before) != 0
+    tasks = Counter(e["task"] for e in examples)
+    assert report["exact_match_by_task"] == dict.fromkeys(sorted(tasks), 0.0)
+    assert set(report["exact_match_by_level"]) <= {"0", "1", "2"}
+    output = capsys.readouterr().out
+    for label, value in (("n", "4"), ("response nll", f"{report['response_nll']:.3f}"),
+                         ("exact match interval", "0.000 to 0.000")):
+        assert any(row.split("  ")[0] == label and row.endswith(value) for row in output.splitlines())
+
+
+def test_a_run_that_was_moved_is_scored_also_where_its_data_has_moved(trained, tmp_path, capsys):
+    moved, file = tmp_path / "elsewhere", tmp_path / "new name.json"
+    shutil.move(trained, moved)
+    assert run(moved) == 0
+    shutil.move(tmp_path / "data.json", file)
+    (moved / "responses.jsonl").unlink()
+    assert run(moved) == 1 and "data.json" in capsys.readouterr().err
+    assert run(moved, "--data", file) == 0 and len(lines(moved / "responses.jsonl")) == 4
+    file.write_text(file.read_text() + "\n")
+    assert run(moved, "--data", file) == 1
+    assert "was trained on another file than" in capsys.readouterr().err
+
+
+def test_the_split_is_the_runs_own(trained, tmp_path):
+    info = json.loads((trained / "run.json").read_text())
+    info["data"]["split"] = "file order"
+    (trained / "run.json").write_text(json.dumps(info))
+    assert run(trained) == 0
+    assert [r["instruction"] for r in sorted(lines(trained / "responses.jsonl"), key=lambda r: r["id"])
+            ] == [e["instruction"] for e in data.load_parts(tmp_path / "data.json", "file order").test]
+
+
+def test_in_a_run_a_torn_last_answer_is_cut_said_and_given_anew(trained, capsys):
+    assert run(trained) == 0
+    path = trained / "responses.jsonl"
+    whole = path.read_text()
+    path.write_text(whole[:-20])
+    assert run(trained) == 0 and path.read_text() == whole
+    assert "the torn last line, 4, is cut off" in capsys.readouterr().err
+    path.write_text(whole + "END")
+    assert run(trained) == 1 and path.read_text() == whole + "END"
+
+
+def test_a_model_folder_answers_the_data_in_a_folder_of_its_own(
+        trained, base, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(base) == 1 and "--data FILE says which records" in capsys.readouterr().err
+    files = sorted(base.iterdir())
+    text = ROOT / "tiny" / "heldout.txt"
+    assert run(base, "--data", "data.json", "--template", "plain", "--text", text) == 0
+    assert sorted(base.iterdir()) == files
+    report = scores("runs/base-base")
+    assert report["n"] == 4 and report["text_nll"] > 0 and "forgetting" not in report
+    shutil.copytree(trained / "model", tmp_path / "other" / "base")  # other weights, the same name
+    assert run(tmp_path / "other" / "base", "--data", "data.json", "--template", "plain") == 1
+    assert "runs/base-base/responses.jsonl holds other answers" in capsys.readouterr().err
+    assert run(base, "--data", "data.json", "--template", "alpaca") == 1
+    assert run(base, trained, "--data", "data.json", "--template", "plain") == 0
+    assert scores(trained)["minus_the_first"]["exact_match"]["n"] == 4
+
+
+def test_tiny_by_name_answers_its_own_data_and_has_forgotten_nothing(tmp_path, monkeypatch, base):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gpt, "generate", lambda model, prompts, n, eos_id: [[1]] * len(prompts))
+    assert run("tiny") == 0
+    assert scores("runs/tiny-base")["forgetting"] == 0 and scores("runs/tiny-base")["n"] == 450
+
+
+def test_an_adapter_run_is_loaded_on_its_base(trained, base):
+    import lora
+
+    shutil.rmtree(trained / "model")
+    gpt2 = gpt.GPT.from_pretrained(base)
+    lora.add_lora(gpt2, r=2)
+    for name, parameter in gpt2.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    lora.save_lora(gpt2, trained / "adapter", base=str(base))
+    loaded, _ = E.load_model(trained, "cpu")
+    ids = torch.tensor([[1, 2, 3]])
+    assert torch.equal(loaded(ids), gpt2.eval()(ids))
+    assert not torch.allclose(loaded(ids), gpt.GPT.from_pretrained(base)(ids))
+    assert run(trained) == 0 and scores(trained)["n"] == 4
+
+
+def test_a_model_of_ours_judges_and_the_canaries_say_that_it_is_unfit(
+        trained, base, answers_only, capsys):
+    folder = answers_only()
+    assert run(folder, "--judge", f"model:{base}", "--judge-max-tokens", 4) == 0
+    report = scores(folder)["judge"]
+    assert report["judge_is"] == "UNFIT" and report["answers"] == "0 scored of 4"
+    assert report["mean"] is None and report["bounds"] == [0, 100]
+    assert len(lines(folder / "judge-model-base.jsonl")) == 4
+    assert run(folder, "--judge", f"model:{trained}", "--judge-max-tokens", 4) == 0
+
+
+def test_ask_prints_the_answer_to_one_instruction_or_to_each_line(
+        trained, model, base, capsys, monkeypatch):
+    import io
+
+    def answer(folder, text, template):
+        gpt2, tokenizer = E.load_model(folder, "cpu")
+        prompt = data.format_prompt({"instruction": text, "input": ""}, template)
+        return E.complete(gpt2, tokenizer, [prompt], 256)[0][0].strip()
+
+    assert run(trained, "--ask", "a b") == 0
+    assert capsys.readouterr().out == answer(trained, "a b", "plain") + "\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO("a b\nc d\n"))
+    assert run(base, "--ask", "-") == 0
+    assert capsys.readouterr().out == "".join(answer(base, t, "alpaca") + "\n" for t in ("a b", "c d"))
+
+
+# ---- pictures and the command line
+
+
+def test_the_losses_of_the_runs_are_drawn_into_one_picture(tmp_path, answers_only, capsys):
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    folder = answers_only()
+    metrics = [{"step": i, "train_loss": None if i == 0 else 2 / i, "val_loss": 1.0 if i == 0 else None}
+               for i in range(3)]
+    assert E.plot_losses(metrics, tmp_path / "loss.png") is True
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    E.append_records(folder / "metrics.jsonl", metrics)
+    assert run(folder, "--plot") == 0 and (folder / "compare.png").exists()
+
+
+def test_without_matplotlib_a_picture_is_refused_in_one_line(answers_only, capsys, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    assert E.plot_losses([], Path("never.png")) is False
+    assert run(answers_only(), "--plot") == 1
+    assert capsys.readouterr().err == "error: --plot needs matplotlib: pip install matplotlib\n"
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--judge", "gpt4"], "--judge gpt4: none, ollama:MODEL"), (["--judge", "ollama:"], "none, ollama"),
+    (["--pairwise"], "--pairwise needs a --judge"), (["--nonsense"], "unrecognized"),
+    (["--judge", "ollama:m", "--pairwise"], "two runs"), (["--template", "x"], "invalid choice")])
+def test_a_wrong_flag_is_one_line_and_exit_code_two(answers_only, capsys, flags, words):
+    with pytest.raises(SystemExit) as end:
+        run(answers_only(), *flags)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.startswith("error: ") and words in error
+    assert error.count("\n") == 1
+
+
+def test_an_interrupted_judge_says_that_the_same_command_goes_on(
+        answers_only, capsys, monkeypatch, server):
+    monkeypatch.setattr(E, "post", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert judged(answers_only(), server) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+
+
+def test_no_such_folder_and_a_missing_sibling_are_one_line(tmp_path, capsys, monkeypatch):
+    assert run(tmp_path / "none", "--data", "tiny") == 1
+    assert capsys.readouterr().err.startswith("error: ")
+    monkeypatch.setitem(__import__("sys").modules, "gpt", None)
+    assert run(tmp_path) == 1 and "gpt" in capsys.readouterr().err
