@@ -99,12 +99,13 @@ def batches(lengths, batch_size, seed, epoch) -> list[list[int]]:
     return result
 
 
-READ = {  # an example's texts, and their names in records
+READ = {  # an example's texts: names in records
     "system": ("system", "system_prompt", "system message"),
     "instruction": ("instruction", "prompt", "question", "user message"),
     "input": ("input", "context"),
     "output": ("output", "completion", "answer", "response", "assistant message"),
 }
+MARKS = ("train", "training", "trainable", "weight", "loss_mask")
 NEEDED = ("history", "choices", "options", "tools", "tool_calls", "images", "conversations")
 USED = {"instruction", "input", "output", "task", "level", "instruction_long", "rationale", "draft"}
 
@@ -118,15 +119,15 @@ def to_example(record) -> dict:
     chat = "conversations" if _is_empty(fields.get("messages")) else "messages"
     if not _is_empty(fields.get(chat)):
         fields |= _one_turn(fields.pop(chat))
-    if fields.get("label") is False or fields.get("train") is False or fields.get("weight") == 0:
-        raise ValueError("marked not to be learned (label, train or weight); remove it")
+    if fields.get("label") is False or 0 in map(fields.get, MARKS):
+        raise ValueError("marked not to be learned (label, weight, ...); remove it")
     if unread := [name for name in NEEDED if not _is_empty(fields.get(name))]:
         raise ValueError(f"{unread[0]} is not read; write it into the instruction, or remove it")
     for key, names in READ.items():
         found = {name: fields.pop(name) for name in names if name in fields}
         texts = [text for text in found.values() if not _is_empty(text)]
         if len(texts) > 1 or not texts and key in ("instruction", "output"):
-            raise ValueError(f"{len(texts)} texts, needed 1, as {[*(found or names)]} in {[*record]}")
+            raise ValueError(f"{len(texts)} texts, not 1, as {list(found or names)} in {[*record]}")
         if texts and not isinstance(texts[0], str):
             raise ValueError(f"{[*found]} is no text; chats go in messages, tables by rows")
         example[key] = "".join(texts)
@@ -166,7 +167,7 @@ DATASETS = {  # place on raw.githubusercontent.com, sha256
     "alpaca": ("tatsu-lab/stanford_alpaca/main/alpaca_data.json", None),
 }
 WANTED = "needed is UTF-8 JSON: an array or lines (pandas: to_json(PATH, orient='records'))"
-KINDS = {  # what files are that begin so
+KINDS = {  # how files begin
     b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip or xlsx", b"\xfd7zXZ": "xz", b"BZh": "bzip2",
     b"\x28\xb5\x2f\xfd": "zstd", b"PAR1": "parquet", b"ARROW1": "arrow", b"\xff\xff\xff": "arrow",
     b"\x80": "a pickle", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"<": "a web page", b"[": "",
@@ -229,10 +230,9 @@ def _files(name):
                 torch.hub.download_url_to_file(url, path, sha256, progress=False)
         except (OSError, RuntimeError) as error:
             raise FileNotFoundError(f"{url}: {error}; or put it into {path}")
-    files = [path]
-    if path.is_dir():
-        files = [path / f"{part}.jsonl" for part in ("train", "val", "test")]
-        files = [file if file.is_file() else file.with_suffix(".json") for file in files]
+    folder = ("train.jsonl", "val.jsonl", "test.jsonl") if path.is_dir() else ()
+    files = [path / part for part in folder] or [path]
+    files = [f.with_suffix(".json") if folder and not f.is_file() else f for f in files]
     if absent := [file for file in files if not file.is_file()]:
         raise FileNotFoundError(f"no {absent[0]}: give JSON, a folder, or tiny, book, alpaca")
     return files

@@ -38,7 +38,7 @@ from data import (DATASETS, TEMPLATES, batches, collate, copy_tokenizer, encode_
                   load_parts, load_tokenizer, marker_note)
 from evaluate import exact_match, generate_responses, plot_losses, read_records
 from freeze import ADAPTER, FreezeError, digests, freeze, resolve, schedule, whole
-from gpt import GPT, PUBLISHED, choose_device, locate, read_config, read_json, write_json
+from gpt import GPT, PUBLISHED, choose_device, locate, read_json, write_json
 from lora import add_lora, load_lora, save_lora
 
 HEAD_ROWS = 1024  # positions whose logits are in memory at one time
@@ -102,7 +102,7 @@ def loss_sum(model: GPT, batch: list, loss_on: str, machine: Machine, prefix=Non
     loss is wanted, HEAD_ROWS at a time: all logits would be by far the largest tensor of a step."""
     inputs, targets = collate(batch, loss_on)  # (B, T) each
     wanted = (targets.flatten() != -100).nonzero()[:, 0]  # (N,), on the CPU: no GPU waits
-    choose_attention(machine, inputs.shape[1])
+    choose_attention(machine.device, machine.dtype, inputs.shape[1])
     with machine.autocast():
         if prefix:
             first, cached = prefix
@@ -117,13 +117,6 @@ def loss_sum(model: GPT, batch: list, loss_on: str, machine: Machine, prefix=Non
             return loss(hidden, targets)
         parts = zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS))
         return sum(checkpoint(loss, h, t, use_reentrant=False) for h, t in parts)
-
-
-def choose_attention(machine: Machine, length: int) -> None:
-    """The products of the CPU's flash kernel are small for short texts: without it attention is
-    1.75 times as fast at 100 tokens, and half as fast at 1,024."""
-    without = machine.device.type == "cpu" and machine.dtype == torch.float32 and length <= 256
-    torch.backends.cuda.enable_flash_sdp(not without)
 
 
 def sorted_chunks(encoded: list, size: int) -> list[list]:
@@ -274,10 +267,10 @@ def train_in_spans(model: GPT, job: Job, saved: dict | None, noted: list) -> boo
         plan.check_model(model)
         plan.check_optimizer(optimizer)
         plan.check_unchanged(model, trained=end - first >= 2)
-        trains = sum(p.numel() for p in plan.parameters())
         job.proofs.append({"policy": policy, "steps": end - first, "trainable": plan.trainable,
-                           "frozen": plan.frozen, "trainable_parameters": trains,
-                           "fingerprint": plan.fingerprint, "checks": dict(plan.checks)})
+                           "frozen": plan.frozen, "fingerprint": plan.fingerprint,
+                           "trainable_parameters": sum(p.numel() for p in plan.parameters()),
+                           "checks": dict(plan.checks)})
     return True
 
 
@@ -308,12 +301,10 @@ def save_checkpoint(job: Job, model: GPT, plan, optimizer) -> None:
     checkpoint.prev.pt. It holds what has trained so far. Every process must call this."""
     trained = set(plan.trainable).union(*(proof["trainable"] for proof in job.proofs))
     named = {name: p for name, p in model.named_parameters() if name in trained}
-    gather = lambda tensor: whole(tensor.detach()).cpu()
-    state = {key: getattr(job, key) for key in STATE}
-    content = {"record": job.record, "state": state, "proof": plan.proof,
-               "weights": {name: gather(p) for name, p in named.items()},
-               "moments": {name: {key: gather(value) for key, value in optimizer.state[p].items()}
-                           for name, p in named.items() if p in optimizer.state}}
+    gather = lambda tensors: {key: whole(t.detach()).cpu() for key, t in tensors.items()}
+    content = {"record": job.record, "state": {key: getattr(job, key) for key in STATE},
+               "proof": plan.proof, "weights": gather(named),
+               "moments": {name: gather(optimizer.state.get(p, {})) for name, p in named.items()}}
     if job.machine.rank > 0:
         return
     path, temp = job.out / "checkpoint.pt", job.out / "checkpoint.tmp"
@@ -336,18 +327,19 @@ def load_checkpoint(job: Job, model: GPT) -> dict:
     """Put weights and state of the newer intact checkpoint in place, and return all that it holds;
     a damaged one is passed over by name. ValueError where it belongs to another run."""
     for path in (job.out / "checkpoint.pt", job.out / "checkpoint.prev.pt"):
-        if path.exists() and path.stat().st_size > 32:
-            with open(path, "rb") as file:
-                content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-            if hashlib.sha256(content[:-32]).digest() == content[-32:]:
-                saved = torch.load(path, map_location="cpu", weights_only=True)
-                refuse_another_run(saved["record"], job.record, job.out)
-                model.load_state_dict(saved["weights"], strict=False)
-                vars(job).update(saved["state"])
-                os.truncate(job.out / "metrics.jsonl", job.logged)  # later steps are taken again
-                return saved
-        if path.exists():
+        if not path.exists():
+            continue
+        with open(path, "rb") as file:
+            content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        if hashlib.sha256(content[:-32]).digest() != content[-32:]:
             say(f"note     {path} is damaged and passed over")
+            continue
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        refuse_another_run(saved["record"], job)
+        model.load_state_dict(saved["weights"], strict=False)
+        vars(job).update(saved["state"])
+        os.truncate(job.out / "metrics.jsonl", job.logged)  # later steps are taken again
+        return saved
     raise FileNotFoundError(f"--resume: no intact checkpoint in {job.out}; start anew: --overwrite")
 
 
@@ -363,37 +355,14 @@ def put_back(saved: dict, model: GPT, plan, optimizer) -> None:
     plan.resume(model, saved["proof"])
 
 
-def refuse_another_run(then: dict, now: dict, out: Path) -> None:
-    """ValueError unless two heads of run.json describe one run."""
-    then, now = ({key: value for key, value in record["flags"].items() if key not in SETTINGS} |
-                 {"data": record["data"]["sha256"], "weights": record["weights"]}
-                 for record in (then, now))
-    differ = [f"{key} was {then.get(key)!r}, is {now.get(key)!r}"
-              for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
+def refuse_another_run(then: dict, job: Job) -> None:
+    """ValueError unless the head of a run.json describes this run."""
+    then, now = ({**record["flags"], "data": record["data"]["sha256"], "weights": record["weights"]}
+                 for record in (then, job.record))
+    differ = [f"{key} was {then.get(key)!r}, is {now.get(key)!r}" for key in sorted(then | now)
+              if key not in SETTINGS and then.get(key) != now.get(key)]
     if differ:
-        raise ValueError(f"--resume: {out} holds another run: {'; '.join(differ)}")
-
-
-def keep_freed_memory() -> None:
-    """A step frees and takes the same gigabytes again. glibc would give them back to the kernel,
-    which clears page after page; oneDNN would keep a workspace for every length of the data."""
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "24")
-    os.environ.setdefault("LRU_CACHE_CAPACITY", "1")  # torch's own, on top
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None:
-        mallopt(-3, 1 << 30) or mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD; old glibc: 32 MiB
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: none
-
-
-def multiply_with_onednn() -> None:
-    """oneDNN uses AVX-512 where MKL, torch's choice, does not: on AMD, up to twice as fast. torch
-    takes it for fp32 only where rounding to bf16 is allowed; test products find the CPUs that would
-    really round (AMX, Arm)."""
-    matmul = torch.backends.mkldnn.matmul
-    matmul.fp32_precision = "bf16"
-    x = torch.full((256, 256), 1 + 2**-12)  # 1 in bf16
-    products = x @ x, x.t() @ x, x[:8] @ x.t(), torch.bmm(x[None], x[None])
-    if not all(torch.allclose(y / 256, x[0, 0].square(), rtol=1e-6, atol=0) for y in products):
-        matmul.fp32_precision = "none"
+        raise ValueError(f"--resume: {job.out} holds another run: {'; '.join(differ)}")
 
 
 def join_processes(device: str, dtype: str) -> Machine:
@@ -425,38 +394,57 @@ def shard(model: GPT, machine: Machine) -> None:
     register_fsdp_forward_method(model, "features")
 
 
-def load_model(folder: Path, adapter: Path | None, flags: dict):
-    """(model, tokenizer). A run's adapter is loaded, or the one that the flags ask for added."""
-    if flags["untie_head"] and not read_config(folder).tie_word_embeddings:
-        raise ValueError("--untie-head: the head of this model has weights of its own already")
-    tie = False if flags["untie_head"] else None
-    model = GPT.from_pretrained(folder, flags["dropout"], tie_word_embeddings=tie)
-    torch.manual_seed(flags["seed"])
+def load_model(name: str, device: str, dropout: float, untie: bool):
+    folder, adapter = locate(name)
+    model = GPT.from_pretrained(folder, dropout, False if untie else None)
     if adapter:
         load_lora(model, adapter)
-    if flags["lora_r"]:
-        targets = (flags["lora_targets"] or "c_attn,c_proj,c_fc").split(",")
-        add_lora(model, flags["lora_r"], flags["lora_alpha"] or 2 * flags["lora_r"], targets,
-                 flags["lora_dropout"] or 0.0, flags["rslora"])
-    return model, load_tokenizer(folder)
+    return model.to(device), load_tokenizer(folder)
 
 
-def fill_in(flags: dict, model: GPT, adapter: Path | None, machine: Machine) -> dict:
+def choose_attention(device: torch.device, dtype: torch.dtype, length: int) -> None:
+    """The products of the CPU's flash kernel are small for short texts: without it attention is
+    1.75 times as fast at 100 tokens, and half as fast at 1,024."""
+    without = device.type == "cpu" and dtype == torch.float32 and length <= 256
+    torch.backends.cuda.enable_flash_sdp(not without)
+
+
+def keep_freed_memory() -> None:
+    """A step frees and takes the same gigabytes again. glibc would give them back to the kernel,
+    which clears page after page; oneDNN would keep a workspace for every length of the data."""
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "24")
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "1")  # torch's own, on top
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None:
+        mallopt(-3, 1 << 30) or mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD; old glibc: 32 MiB
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: none
+
+
+def multiply_with_onednn() -> None:
+    """oneDNN uses AVX-512 where MKL, torch's choice, does not: on AMD, up to twice as fast. torch
+    takes it for fp32 only where rounding to bf16 is allowed; test products find the CPUs that would
+    really round (AMX, Arm)."""
+    matmul = torch.backends.mkldnn.matmul
+    matmul.fp32_precision = "bf16"
+    x = torch.full((256, 256), 1 + 2**-12)  # 1 in bf16
+    products = x @ x, x.t() @ x, x[:8] @ x.t(), torch.bmm(x[None], x[None])
+    if not all(torch.allclose(y / 256, x[0, 0].square(), rtol=1e-6, atol=0) for y in products):
+        matmul.fp32_precision = "none"
+
+
+def fill_in(flags: dict, model: GPT, machine: Machine) -> dict:
     """The flags with the defaults that depend on the model, and with paths that stay valid."""
-    weights = [p.numel() for name, p in model.named_parameters() if not ADAPTER.search(name)]
-    small, r = sum(weights) < 10_000_000, flags["lora_r"]
-    policy = flags["trainable"] or ("lora" if r or adapter else "all")
-    data = "" if flags["data"] == "tiny" else Path(flags["data"]).stem
-    name = "-".join(filter(None, [Path(flags["model"]).name, policy, f"r{r}" if r else "", data]))
-    chosen = {"trainable": policy, "out": "runs/" + re.sub(r"[^\w.,-]+", "_", name),
-              "lr": (3e-4 if small else 5e-5) * (10 if policy == "lora" else 1),
-              "epochs": 3 if small else 2, "batch_size": 16 if small else 8,
-              "max_length": model.config.block_size}
+    weights = {name: p.numel() for name, p in model.named_parameters()}
+    small = sum(size for name, size in weights.items() if not ADAPTER.search(name)) < 10_000_000
+    policy = flags["trainable"] or ("lora" if any(map(ADAPTER.search, weights)) else "all")
+    name = [Path(flags["model"]).name, policy, f"r{flags['lora_r']}" if flags["lora_r"] else "",
+            "" if flags["data"] == "tiny" else Path(flags["data"]).stem]
+    rate = (3e-4 if small else 5e-5) * (10 if policy == "lora" else 1)
+    chosen = {"trainable": policy, "lr": rate, "epochs": 3 if small else 2,
+              "batch_size": 16 if small else 8, "max_length": model.config.block_size,
+              "out": "runs/" + re.sub(r"[^\w.,-]+", "_", "-".join(filter(None, name)))}
     flags = flags | {key: value for key, value in chosen.items() if flags[key] is None}
     for key, names in (("model", ("tiny", *PUBLISHED)), ("data", ("tiny", *DATASETS))):
         flags[key] = flags[key] if flags[key] in names else str(Path(flags[key]).absolute())
-    if flags["max_length"] > model.config.block_size:
-        raise ValueError(f"--max-length: the model takes {model.config.block_size} tokens at most")
     return flags | {"dtype": str(machine.dtype).partition(".")[2], "processes": machine.world}
 
 
@@ -480,8 +468,8 @@ def prepare(flags: dict, parts, model: GPT, tokenizer, machine: Machine) -> Job:
     order = [(epoch, step) for epoch, steps in enumerate(epochs) for step in steps]
     order = order[:recipe.max_steps]
     recipe.eval_every = recipe.eval_every or max(1, len(order) // 10)
-    n_layer = model.config.n_layer
-    spans = schedule(recipe.trainable, n_layer, len(order), len(epochs[0]), recipe.seed)
+    n_layer, policy = model.config.n_layer, recipe.trainable
+    spans = schedule(policy, n_layer, len(order), len(epochs[0]), recipe.seed)
     weights = repr(digests(dict(model.named_parameters()))).encode()
     record = {"flags": flags, "data": account, "weights": hashlib.sha256(weights).hexdigest(),
               "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
@@ -492,14 +480,13 @@ def prepare(flags: dict, parts, model: GPT, tokenizer, machine: Machine) -> Job:
 def lowest_trained(model: GPT, job: Job) -> int:
     """The lowest block that trains in any span; ValueError for a flag that has no effect then."""
     names = set().union(*(resolve(model, policy) for policy in {p for _, p in job.spans}))
-    layer, recipe = lowest_block(names, model.config.n_layer), job.recipe
-    for flag, idle, why in (
-        ("lora-r", recipe.lora_r and not any(map(ADAPTER.search, names)), "no adapter trains"),
-        ("cache-prefix", recipe.cache_prefix and layer == 0, "no block lies below what trains"),
-        ("fsdp", recipe.fsdp and len(job.spans) > 1, "what trains changes with time"),
-    ):
-        if idle:
-            raise ValueError(f"--{flag} does not go with --trainable {recipe.trainable}: {why}")
+    recipe, layer = job.recipe, lowest_block(names, model.config.n_layer)
+    idle = recipe.lora_r and not any(map(ADAPTER.search, names))
+    for flag, wrong in (("lora-r: no adapter", idle),
+                        ("cache-prefix: the lowest block", recipe.cache_prefix and layer == 0),
+                        ("fsdp: not always the same", recipe.fsdp and len(job.spans) > 1)):
+        if wrong:
+            raise ValueError(f"--{flag} trains under --trainable {recipe.trainable}")
     return layer
 
 
@@ -529,12 +516,17 @@ def run(args) -> int:
     if args.fsdp and machine.world == 1:
         raise ValueError("--fsdp: there is one process; start several with torchrun")
     (folder, adapter), parts = locate(args.model), load_parts(args.data)
-    model, tokenizer = load_model(folder, adapter, vars(args))
-    job = prepare(fill_in(vars(args), model, adapter, machine), parts, model, tokenizer, machine)
+    model, tokenizer = load_model(args.model, "cpu", args.dropout, args.untie_head)
+    torch.manual_seed(args.seed)
+    if args.lora_r:
+        targets = (args.lora_targets or "c_attn,c_proj,c_fc").split(",")
+        add_lora(model, args.lora_r, args.lora_alpha or 2 * args.lora_r, targets,
+                 args.lora_dropout or 0.0, args.rslora)
+    job = prepare(fill_in(vars(args), model, machine), parts, model, tokenizer, machine)
     layer, out = lowest_trained(model, job), job.out
     claim(out, args.resume, args.overwrite, [folder, adapter], machine)
     if args.resume and (out / "run.json").exists():
-        refuse_another_run(read_json(out / "run.json"), job.record, out)
+        refuse_another_run(read_json(out / "run.json"), job)
         say(f"{out}: the run is complete; evaluate.py {out} scores it")
         return 0
     saved = load_checkpoint(job, model) if args.resume else None
@@ -571,23 +563,15 @@ def run(args) -> int:
     return 0
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes: of the process at its largest, or allocated on the GPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def finish(job: Job, model: GPT, folder: Path, tokenizer, test: list) -> None:
     """Save what was trained and run.json, then answer the test records."""
-    out, base = job.out, folder
+    out, base, device = job.out, folder, job.machine.device
     limit = min(model.config.block_size, 2 * max(len(e.ids) - e.n_prompt for e in job.train))
+    memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()
     figures = {"steps": job.step, "train_loss": sum(job.losses) / len(job.losses),
                "val_loss": job.val_loss, "exact_match": None, "seconds": round(job.seconds, 3),
                "tokens_per_second": round(job.tokens / job.seconds, 1), "max_new_tokens": limit,
-               "peak_memory_bytes": peak_memory(job.machine.device)}
+               "peak_memory_bytes": memory}
     record = job.record | {"freeze": job.proofs, "train": figures}
     trained = {name for proof in job.proofs for name in proof["trainable"]}
     if job.recipe.untie_head or not all(map(ADAPTER.search, trained)):
@@ -602,19 +586,29 @@ def finish(job: Job, model: GPT, folder: Path, tokenizer, test: list) -> None:
     plot_losses(read_records(out / "metrics.jsonl"), out / "loss.png")
     frozen, checks = job.proofs[-1]["frozen"], sum(sum(p["checks"].values()) for p in job.proofs)
     say(f"trained  {job.step} steps in {job.seconds:.0f} s, {job.tokens / job.seconds:,.0f} "
-        f"tokens/s, val loss {job.val_loss:.3f}, {figures['peak_memory_bytes'] / 2**30:.2f} GiB")
+        f"tokens/s, val loss {job.val_loss:.3f}, {memory / 2**30:.2f} GiB")
     say(f"proved   {len(frozen)} frozen tensors are bit-identical, {len(trained)} have trained; "
         f"{checks} checks passed")
     if test:
         answers = generate_responses(model, tokenizer, test, job.recipe.template, limit,
                                      out / "responses.jsonl")
-        for r in answers[:3]:
-            say(f"answer   {r['instruction'][-60:]!r} -> {r['model_response'][:60]!r}")
         right = [r["ended"] and exact_match(r["model_response"], r["output"]) for r in answers]
         figures["exact_match"] = sum(right) / len(right)
         write_json(out / "run.json", record)
+        for r in answers[:3]:
+            say(f"answer   {r['instruction'][-60:]!r} -> {r['model_response'][:60]!r}")
         say(f"test     {figures['exact_match']:.1%} of {len(right)} answers are exactly right")
     say(f"saved    {out}")
+
+
+def peak_memory() -> int:
+    """Bytes that this process had at its largest; 0 where the system does not tell (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def parse_args(argv=None):

@@ -1,11 +1,9 @@
-"""data.py: records in, prompts, ids, batches out; the tokenizer's files."""
+"""data.py: records, prompts, ids, batches, the tokenizer's files."""
 
 import functools
-import gzip
 import hashlib
 import http.server
 import json
-import lzma
 import shutil
 import subprocess
 import sys
@@ -27,7 +25,7 @@ EOT = "<|endoftext|>"
 X = -100
 MERGES = [("l", "l"), ("h", "e"), ("Ġ", "he"), ("he", "ll"), ("hell", "o"), ("Ġhe", "ll")]
 TEXTS = ["", " ", "hello hello", "a\r\nb\n\n\n", "it's 1234567", "naïve 東京 👩‍👩‍👧 \u2028\x00",
-         "x" * 3000, f"a {EOT} b", "<|im_start|>user", "\t\t  def f():\n    return  1 ", "ʼn'LL 'll"]
+         "x" * 3000, f"a {EOT} b", "<|im_start|>user", "\t\t  def f():\n    return  1 ", "'LL 'll"]
 
 
 def byte_vocab(merges=()):
@@ -63,8 +61,6 @@ def write(path, content):
     return path
 
 
-# ---- records
-
 USER, REPLY = {"role": "user", "content": "Add."}, {"role": "assistant", "content": "2"}
 SYSTEM = {"role": "system", "content": "Be brief."}
 HUMAN, GPT = {"from": "human", "value": "Add."}, {"from": "gpt", "value": "2"}
@@ -73,33 +69,24 @@ BRIEF = ADD | {"instruction": "Be brief.\n\nAdd."}
 PAIR = {"instruction": "Add.", "output": "2"}
 
 ACCEPTED = [
-    (ADD, ADD),
     (PAIR, ADD),
     (PAIR | {"input": "1 1"}, ADD | {"input": "1 1"}),
     (PAIR | {"input": None}, ADD),
-    (PAIR | {"input": float("nan")}, ADD),
     (PAIR | {"input": " "}, ADD),
     ({"prompt": "Add.", "completion": "2"}, ADD),
-    ({"prompt": "Add.", "response": "2"}, ADD),
     ({"question": "Add.", "answer": "2", "id": 7}, ADD | {"id": 7}),
     ({"messages": [USER, REPLY], "source": "x"}, ADD | {"source": "x"}),
     ({"conversations": [HUMAN, GPT]}, ADD),
-    ({"conversations": [USER, REPLY]}, ADD),
     ({"messages": [SYSTEM, USER, REPLY]}, BRIEF),
     ({"messages": [SYSTEM | {"content": ""}, USER, REPLY]}, ADD),
-    ({"conversations": [{"from": "system", "value": "Be brief."}, HUMAN, GPT]}, BRIEF),
     (PAIR | {"system": "Be brief."}, BRIEF),
-    ({"question": "Add.", "answer": "2", "system": "Be brief."}, BRIEF),
     ({"system_prompt": "Be brief.", "question": "Add.", "response": "2"}, BRIEF),
     ({"conversations": [HUMAN, GPT], "system": "Be brief."}, BRIEF),
     (PAIR | {"system": "", "history": [], "choices": None}, ADD | {"history": [], "choices": None}),
     ({"question": "Add.", "context": "1 1", "answer": "2"}, ADD | {"input": "1 1"}),
     ({"instruction": "Add.", "context": "1 1", "response": "2"}, ADD | {"input": "1 1"}),
-    (PAIR | {"context": "1 1", "input": ""}, ADD | {"input": "1 1"}),
-    (PAIR | {"label": True}, ADD | {"label": True}),
     (PAIR | {"label": 0}, ADD | {"label": 0}),  # a class
     ({"messages": [USER | {"train": False}, REPLY | {"train": True}]}, ADD | {"train": True}),
-    ({"messages": [USER, REPLY | {"weight": 1}]}, ADD | {"weight": 1}),
     ({"messages": [USER | {"name": "ann"}, REPLY]}, ADD | {"name": "ann"}),
     ({"prompt": None, "completion": None, "question": "Add.", "answer": "2"}, ADD),
     ({"prompt": "Add.", "completion": "2", "messages": None}, ADD | {"messages": None}),
@@ -114,57 +101,37 @@ def test_an_accepted_record_becomes_instruction_input_output_and_its_other_field
 
 REFUSED = [
     ("text", "named fields"),
-    (["a", "b"], "named fields"),
     (None, "named fields"),
-    ({}, "0 texts"),
-    ({"instruction": "a"}, "0 texts, needed 1, as ['output'"),
-    ({"output": "a"}, "0 texts, needed 1, as ['instruction'"),
-    (PAIR | {"output": None}, "as ['output']"),
-    (PAIR | {"output": ""}, "as ['output']"),
-    (PAIR | {"output": " \n"}, "as ['output']"),
-    (PAIR | {"output": float("nan")}, "as ['output']"),
+    ({"instruction": "a"}, "0 texts, not 1, as ['output'"),
+    ({"output": "a"}, "0 texts, not 1, as ['instruction'"),
+    *[(PAIR | {"output": empty}, "as ['output']") for empty in (None, " \n", float("nan"))],
     (PAIR | {"instruction": " "}, "as ['instruction']"),
     (PAIR | {"output": 7}, "['output'] is no text"),
-    (PAIR | {"output": {"text": "b"}}, "['output'] is no text"),
-    (PAIR | {"instruction": ["a"]}, "['instruction'] is no text"),
     (PAIR | {"input": 0}, "['input'] is no text"),
-    (PAIR | {"system": 5}, "['system'] is no text"),
-    (PAIR | {"input": "a", "context": "b"}, "2 texts, needed 1, as ['input', 'context']"),
-    (PAIR | {"question": "a", "answer": "b"}, "2 texts, needed 1, as ['instruction', 'question']"),
-    (PAIR | {"response": "b"}, "2 texts, needed 1, as ['output', 'response']"),
-    (PAIR | {"messages": [USER, REPLY]}, "2 texts, needed 1, as ['instruction', 'user message']"),
+    (PAIR | {"input": "a", "context": "b"}, "2 texts, not 1, as ['input', 'context']"),
+    (PAIR | {"question": "a", "answer": "b"}, "2 texts, not 1, as ['instruction', 'question']"),
+    (PAIR | {"messages": [USER, REPLY]}, "2 texts, not 1, as ['instruction', 'user message']"),
     ({"messages": [SYSTEM, USER, REPLY], "system": "a"}, "2 texts"),
     ({"messages": [USER, REPLY], "conversations": [HUMAN, GPT]}, "conversations is not read"),
-    (PAIR | {"history": [["a", "b"]]}, "history is not read"),
-    (PAIR | {"choices": ["a", "b"]}, "choices is not read"),
-    (PAIR | {"options": {"A": "a"}}, "options is not read"),
-    (PAIR | {"tools": [{"name": "f"}]}, "tools is not read"),
-    (PAIR | {"images": ["a.png"]}, "images is not read"),
+    *[(PAIR | {name: ["a"]}, f"{name} is not read")
+      for name in ("history", "choices", "options", "tools", "images")],
     ({"messages": [USER, REPLY | {"tool_calls": [{"id": 1}]}]}, "tool_calls is not read"),
-    (PAIR | {"label": False}, "not to be learned"),
-    (PAIR | {"train": False}, "not to be learned"),
-    (PAIR | {"weight": 0}, "not to be learned"),
-    (PAIR | {"weight": 0.0}, "not to be learned"),
+    *[(PAIR | {name: False}, "not to be learned") for name in ("label", *data.MARKS)],
     ({"messages": [USER, REPLY | {"weight": 0}]}, "not to be learned"),
+    ({"messages": [USER, REPLY | {"loss_mask": 0.0}]}, "not to be learned"),
     ({"conversations": [HUMAN, GPT | {"train": False}]}, "not to be learned"),
     (PAIR | {"output": "half \ud83d"}, "surrogates"),
-    (PAIR | {"note": "\udc00"}, "surrogates"),
     ({"messages": [USER, REPLY] * 2}, "messages of user, assistant, user, assistant; split"),
     ({"messages": [REPLY, USER]}, "messages of assistant, user"),
-    ({"messages": [USER]}, "messages of user"),
     ({"messages": [USER, SYSTEM, REPLY]}, "messages of user, system, assistant"),
     ({"messages": [USER, {"role": "tool", "content": "x"}, REPLY]}, "tool"),
-    ({"messages": []}, "0 texts"),
     ({"messages": "hello"}, "list of objects"),
-    ({"messages": [[USER, REPLY], [USER, REPLY]]}, "list of objects"),
     ({"messages": [USER, REPLY | {"content": None}]}, "as ['assistant message']"),
     ({"messages": [USER, REPLY | {"content": [{"type": "text"}]}]}, "['assistant message'] is no"),
     ({"messages": [USER | {"content": ""}, REPLY]}, "as ['user message']"),
-    ({"messages": [USER, {"role": ["assistant"], "content": "x"}]}, "['assistant']"),
     ({"prompt": [USER], "completion": [REPLY]}, "['prompt'] is no text; chats go in messages"),
     ({"instruction": ["a", "b"], "output": ["c", "d"]}, "tables by rows"),
     ({"data": [PAIR, PAIR]}, "in ['data']"),
-    ({"prompt": "a", "chosen": "b", "rejected": "c"}, "in ['prompt', 'chosen', 'rejected']"),
     ({"text": "Question: a\nAnswer: b"}, "in ['text']"),
 ]
 
@@ -172,25 +139,16 @@ REFUSED = [
 @pytest.mark.parametrize("record, needle", REFUSED)
 def test_a_record_that_cannot_be_used_is_refused_by_file_record_and_line(tmp_path, record, needle):
     path = write(tmp_path / "r.jsonl", f"\n{json.dumps(PAIR)}\n\n{json.dumps(record)}\n")
-    if isinstance(record, list):
-        path = write(tmp_path / "r.jsonl", [PAIR, record])
     with pytest.raises(ValueError) as caught:
         load_examples(path)
-    assert f"{path}: 1 of 2 records are bad: record 2 (line " in str(caught.value)
+    assert f"{path}: 1 of 2 records are bad: record 2 (line 4): " in str(caught.value)
     assert needle in str(caught.value)
-    if not isinstance(record, list):
-        assert "(line 4)" in str(caught.value)
 
 
 def test_all_bad_records_are_counted_and_the_first_three_named(tmp_path):
-    empties = [None, "", float("nan"), " ", "fine", None]
-    path = write(tmp_path / "r.json", [PAIR | {"output": empty} for empty in empties])
-    with pytest.raises(ValueError, match="5 of 6 records are bad: record 1 .*record 2 .*record 3") as caught:
-        load_examples(path)
-    assert "record 4" not in str(caught.value)
-
-
-# ---- files
+    rows = [PAIR | {"output": output} for output in (None, "", float("nan"), " ", "fine", None)]
+    with pytest.raises(ValueError, match="5 of 6 .*: record 1 .*record 2 .*record 3 (?!.*record 4)"):
+        load_examples(write(tmp_path / "r.json", rows))
 
 
 def test_lines_may_have_a_byte_order_mark_windows_ends_blanks_and_odd_separators(tmp_path):
@@ -200,35 +158,25 @@ def test_lines_may_have_a_byte_order_mark_windows_ends_blanks_and_odd_separators
                    "\n".join(lines), json.dumps(rows), "\ufeff \r\n" + json.dumps(rows, indent=1),
                    "[" + lines[0] + "\n," + lines[1] + "]"):
         assert load_examples(write(tmp_path / "r.txt", joined)) == rows
-    for one in (json.dumps(ADD), json.dumps(ADD, indent=2)):
-        assert load_examples(write(tmp_path / "r.txt", one)) == [ADD]
+    assert load_examples(write(tmp_path / "r.txt", json.dumps(ADD, indent=2))) == [ADD]
 
 
 @pytest.mark.parametrize("content, needle", [
     (b"", "empty"),
-    (b"\xef\xbb\xbf \n", "empty"),
     (b"[]", "0 of 0 records"),
-    (gzip.compress(b"[]"), "is gzip"),
-    (lzma.compress(b"[]"), "is xz"),
-    (b"\x28\xb5\x2f\xfd\x04", "is zstd"),
-    (b"BZh91AY", "is bzip2"),
-    (b"PK\x03\x04\x14", "is zip or xlsx"),
-    (b"PAR1\x15", "is parquet"),
-    (b"ARROW1\0\0", "is arrow"),
-    (b"\xff\xff\xff\xff\x78", "is arrow"),
-    (b"\x80\x04cos", "is a pickle"),
+    (b"\x1f\x8b\x08", "is gzip"), (b"\xfd7zXZ\0", "is xz"),
+    (b"\x28\xb5\x2f\xfd\x04", "is zstd"), (b"BZh91AY", "is bzip2"),
+    (b"PK\x03\x04\x14", "is zip or xlsx"), (b"PAR1\x15", "is parquet"),
+    (b"ARROW1\0\0", "is arrow"), (b"\xff\xff\xff\xff\x78", "is arrow"),
     ('[{"a": 1}]'.encode("utf-16"), "is UTF-16"),
-    (b"\xfe\xff\0[", "is UTF-16"),
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
     (b"<!DOCTYPE html><html>", "is a web page"),
     (b"\n\n  <html>", "is a web page"),
     (b"instruction,output\na,b\n", "csv or text; needed is UTF-8 JSON"),
-    (b"instruction\toutput\n", "csv or text"),
-    (b"- instruction: a\n", "text; needed"),
     (b'[{"instruction": "a", "output": "b"}, {"instr', "line 1: not JSON"),
     (b'[{"instruction": "a\xe9", "output": "b"}]', "not JSON ('utf-8' codec"),
     (b"{'instruction': 'a', 'output': 'b'}", "not JSON (Expecting property name"),
-    (b'{"instruction": "a", "output": "b"}\n{"instruction": "a" "output": "b"}', "line 2: not JSON"),
+    (b'{"prompt": "a", "completion": "b"}\n{"prompt": "a" "completion"', "line 2: not JSON"),
     (b'{\n"instruction": "a", "output": "b"\n}\n{\n"instruction": "a"\n}', "an array or lines"),
     (b"[" * 100_000, "not JSON"),
 ])
@@ -276,22 +224,22 @@ def test_a_users_file_is_shuffled_so_that_each_kind_is_in_each_part(tmp_path):
     shutil.copy(path, tmp_path / "other name.json")
     assert load_parts(tmp_path / "other name.json") == parts
     assert load_examples(path) == sorted_by_kind
-    ordered = load_parts(path, split="file order")
-    assert (ordered.split, ordered.train) == ("file order", sorted_by_kind[:340])
+    assert load_parts(path, split="file order").train == sorted_by_kind[:340]
     assert load_parts(path, split="folder") == load_parts(path, split="shuffled") == parts
 
 
 def test_a_folder_with_three_parts_is_taken_as_it_is(tmp_path):
     everything = records(6)
-    write(tmp_path / "train.jsonl", "\n".join(map(json.dumps, everything[:3])))
-    write(tmp_path / "test.json", everything[4:])
+    files = [tmp_path / file for file in ("train.jsonl", "val.jsonl", "test.json")]
+    write(files[0], "\n".join(map(json.dumps, everything[:3])))
+    write(files[2], everything[4:])
     with pytest.raises(FileNotFoundError, match="no .*val.json"):
         load_parts(tmp_path)
-    write(tmp_path / "val.jsonl", everything[3:4])
+    write(files[1], everything[3:4])
     parts = load_parts(tmp_path, split="shuffled")
     assert (parts.split, parts.rows, parts.positions) == ("folder", 6, [0, 1, 2])
     assert (parts.train, parts.val, parts.test) == (everything[:3], everything[3:4], everything[4:])
-    content = b"".join((tmp_path / f).read_bytes() for f in ("train.jsonl", "val.jsonl", "test.json"))
+    content = b"".join(file.read_bytes() for file in files)
     assert parts.sha256 == hashlib.sha256(content).hexdigest()
     assert load_examples(tmp_path) == everything[:3] + everything[4:] + everything[3:4]
 
@@ -308,21 +256,16 @@ def test_the_notes_name_unused_fields_and_count_test_prompts_of_the_training_par
     assert load_parts(write(tmp_path / "r.json", records(20))).notes == []
 
 
-@needs_shared
-def test_the_books_file_and_gsm8k_load():
-    parts = load_parts(SHARED / "instruction-data.json", split="file order")
-    assert [len(part) for part in (parts.train, parts.val, parts.test)] == [935, 55, 110]
-    assert parts.sha256 == data.DATASETS["book"][1]
-    problems = load_examples(SHARED / "gsm8k" / "test.jsonl")
-    assert len(problems) == 1319 and all("####" in problem["output"] for problem in problems)
-
-
 def test_the_embedded_data_keep_their_order_and_load_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     parts = load_parts("tiny")
     stored = json.loads((ROOT / "tiny" / "instructions.json").read_bytes())
     assert (parts.split, parts.notes) == ("file order", []) and parts.train == stored[:3825]
     assert {"task", "level"} <= parts.train[0].keys()
+    if SHARED.is_dir():
+        book = load_parts(SHARED / "instruction-data.json", split="file order")
+        assert [len(part) for part in (book.train, book.val, book.test)] == [935, 55, 110]
+        assert book.sha256 == data.DATASETS["book"][1]
 
 
 @pytest.fixture
@@ -359,8 +302,7 @@ def test_published_sets_are_fetched_once_and_keep_their_order(server, tmp_path):
         load_parts(folder / "alpaca.json")  # a user's own file is never cut
 
 
-def test_what_cannot_be_fetched_or_is_another_file_leaves_nothing_and_says_where_to_put_it(
-        server, tmp_path, monkeypatch):
+def test_what_cannot_be_fetched_leaves_nothing_and_is_named(server, tmp_path, monkeypatch):
     write(server[0], records(4))
     with pytest.raises(FileNotFoundError, match="invalid hash value.*or put it into .*book.json"):
         load_parts("book")
@@ -372,8 +314,6 @@ def test_what_cannot_be_fetched_or_is_another_file_leaves_nothing_and_says_where
         load_parts("book")
     assert not [path for path in (tmp_path / "home").rglob("*") if path.is_file()]
 
-
-# ---- prompts and supervised ids
 
 WITH_INPUT = {"instruction": "Do {input}.", "input": "{x} %s", "output": "No."}
 NO_INPUT = {"instruction": "Do.", "input": "", "output": "No."}
@@ -410,38 +350,28 @@ def test_the_training_prompt_is_the_generation_prompt_also_before_odd_responses(
         prompt = gpt2.encode_ordinary(format_prompt(WITH_INPUT, template))
         assert encoded.ids == [*prompt, *gpt2.encode_ordinary(response), 50256]
         assert encoded.n_prompt == len(prompt)
-
-
-@needs_shared
-def test_the_supervised_ids_with_gpt2s_tokenizer_are_these(gpt2):
-    example = {"instruction": "Name a colour.", "output": "Blue is a colour."}
-    _, targets = collate([encode_example(example, gpt2)])
+    _, targets = collate([encode_example(WITH_INPUT | {"output": "Blue is a colour."}, gpt2)])
     assert targets[0][targets[0] != X].tolist() == [14573, 318, 257, 9568, 13, 50256]
 
 
-def test_the_end_token_spelled_in_data_is_text(tokenizer):
-    example = {"instruction": f"Say {EOT}", "input": EOT, "output": f"{EOT} no"}
-    encoded = encode_example(example, tokenizer)
-    assert encoded.ids.count(256) == 1 and encoded.ids[-1] == 256
-    assert bytes(encoded.ids[encoded.n_prompt : -1]) == f"{EOT} no".encode()
-
-
 def test_a_cut_example_has_no_end_token_and_one_cut_to_its_prompt_is_left_out(tokenizer):
-    whole = encode_example(NO_INPUT, tokenizer, "plain")  # 4 + 3 + 1 ids
-    assert len(whole.ids) == 8 and encode_example(NO_INPUT, tokenizer, "plain", 8) == whole
-    for length in (7, 5):
-        assert encode_example(NO_INPUT, tokenizer, "plain", length) == Encoded(whole.ids[:length], 4)
+    whole = encode_example(NO_INPUT, tokenizer, "plain")
+    assert whole == Encoded([*b"Do.\nNo.", 256], 4)
+    for n in (8, 7, 5):
+        assert encode_example(NO_INPUT, tokenizer, "plain", n) == Encoded(whole.ids[:n], 4)
     with pytest.raises(ValueError, match="max_length 4 leaves no response to 1 prompts"):
         encode_example(NO_INPUT, tokenizer, "plain", 4)
     examples = [NO_INPUT | {"instruction": "x" * n} for n in (1, 9, 6, 20, 2)]  # n + 1 prompt ids
     encoded, kept = encode_examples(examples, tokenizer, "plain", max_length=9)
     assert kept == [0, 2, 4]
     assert encoded == [encode_example(examples[i], tokenizer, "plain", 9) for i in kept]
-    with pytest.raises(ValueError, match="no response to 0 prompts"):
-        encode_examples([], tokenizer)
 
 
-def test_a_note_names_markers_that_are_control_tokens_of_the_tokenizer(tokenizer):
+def test_control_tokens_spelled_in_data_or_template_stay_text_and_markers_are_named(tokenizer):
+    example = {"instruction": f"Say {EOT}", "input": EOT, "output": f"{EOT} no"}
+    encoded = encode_example(example, tokenizer)
+    assert encoded.ids.count(256) == 1 and encoded.ids[-1] == 256
+    assert bytes(encoded.ids[encoded.n_prompt : -1]) == f"{EOT} no".encode()
     assert data.marker_note(tokenizer, "chatml") is None
     special = {EOT: 256, "<|im_end|>": 257, "<|im_start|>": 258, "<|user|>": 259}
     chat = tiktoken.Encoding("chat", pat_str=tokenizer._pat_str, special_tokens=special,
@@ -449,9 +379,6 @@ def test_a_note_names_markers_that_are_control_tokens_of_the_tokenizer(tokenizer
     assert "chatml, <|im_end|>, <|im_start|> stays text" in data.marker_note(chat, "chatml")
     assert data.marker_note(chat, "alpaca") is None
     assert max(encode_example(NO_INPUT, chat, "chatml").ids) == 256
-
-
-# ---- batches
 
 
 def test_collate_gives_these_inputs_and_targets():
@@ -462,38 +389,25 @@ def test_collate_gives_these_inputs_and_targets():
     assert inputs.dtype == targets.dtype == torch.int64
     assert collate(batch, "all")[1].tolist() == [[2, 3, 4, 9], [6, 9, X, X]]
     assert collate(batch, ignore_index=-1)[1].tolist() == [[-1, 3, 4, 9], [6, 9, -1, -1]]
-    with pytest.raises(KeyError):
-        collate(batch, "prompt")
-
-
-def books_collate(rows, pad=256, ignore=X):
-    """custom_collate_fn of chapter 7, on rows without end token."""
-    width = max(len(row) + 1 for row in rows)
-    inputs, targets = [], []
-    for row in rows:
-        padded = row + [pad] * (width - len(row))
-        target = torch.tensor(padded[1:] + [pad])[: width - 1]
-        where = (target == pad).nonzero().squeeze(1)
-        target[where[1:]] = ignore
-        inputs.append(padded[:-1])
-        targets.append(target.tolist())
-    return inputs, targets
 
 
 def test_batches_with_the_loss_on_all_are_the_books(tokenizer):
     examples = [NO_INPUT | {"output": "o" * n} for n in (3, 1, 12)]
     encoded = [encode_example(example, tokenizer, "plain") for example in examples]
-    inputs, targets = collate(encoded, loss_on="all")
-    assert (inputs.tolist(), targets.tolist()) == books_collate([e.ids[:-1] for e in encoded])
+    width = max(len(e.ids) for e in encoded)
+    for e, inputs, targets in zip(encoded, *collate(encoded, loss_on="all")):
+        padded = e.ids + [256] * (width - len(e.ids))  # custom_collate_fn of chapter 7
+        target = torch.tensor(padded[1:] + [256])[: width - 1]
+        target[(target == 256).nonzero().squeeze(1)[1:]] = X
+        assert inputs.tolist() == padded[:-1] and torch.equal(targets, target)
 
 
 def test_batches_hold_every_index_once_and_depend_on_seed_and_epoch_alone():
     lengths = [i * 37 % 50 + 2 for i in range(83)]
-    first = batches(lengths, 8, 123, 0)
-    data.random.seed(1)
     state = data.random.getstate(), torch.get_rng_state()
-    assert batches(lengths, 8, 123, 0) == first
+    first = batches(lengths, 8, 123, 0)
     assert data.random.getstate() == state[0] and torch.equal(torch.get_rng_state(), state[1])
+    assert batches(lengths, 8, 123, 0) == first
     assert sorted(sum(first, [])) == list(range(83))
     assert sorted(map(len, first)) == [3] + [8] * 10
     for other in (batches(lengths, 8, 123, 1), batches(lengths, 8, 124, 0)):
@@ -501,33 +415,14 @@ def test_batches_hold_every_index_once_and_depend_on_seed_and_epoch_alone():
         assert {frozenset(b) for b in other} != {frozenset(b) for b in first}  # the members too
     assert sorted(map(len, batches(lengths[:80], 8, 0, 0))) == [8] * 10
     assert batches([], 8, 0, 0) == []
-
-
-def test_the_order_of_an_epoch_is_this_one_on_every_machine():
-    assert batches([4, 9, 4, 7, 5], 2, seed=123, epoch=0) == [[0, 4], [3, 1], [2]]
-
-
-def test_batches_hold_similar_lengths_and_come_neither_shortest_nor_longest_first():
-    lengths = list(range(2, 402))
+    assert batches([4, 9, 4, 7, 5], 2, seed=123, epoch=0) == [[0, 4], [3, 1], [2]]  # everywhere
+    lengths = list(range(2, 402))  # similar lengths together, neither shortest nor longest first
     drawn = batches(lengths, 8, 123, 0)
     assert all(max(batch) - min(batch) == len(batch) - 1 for batch in drawn)
     rises = sum(a[0] < b[0] for a, b in zip(drawn, drawn[1:]))
     assert 10 < rises < 40
     places = {[len(b) for b in sorted(batches(lengths[:-3], 8, 123, e))].index(5) for e in range(9)}
     assert len(places) > 3  # the batch that is not full shifts the cuts
-
-
-# ---- the tokenizer
-
-
-def test_a_folder_with_vocab_and_merges_makes_the_merges_it_names(tmp_path):
-    vocab = byte_vocab(MERGES)
-    tokenizer = load_tokenizer(write_tokenizer(tmp_path, vocab, MERGES))
-    hello = tokenizer.encode_ordinary("hello hello")
-    assert hello == [vocab["hello"], vocab["Ġhell"], ord("o")]
-    assert tokenizer.eot_token == vocab[EOT] == tokenizer.n_vocab - 1
-    for text in TEXTS:
-        assert tokenizer.decode(tokenizer.encode_ordinary(text)) == text
 
 
 def spec(vocab, merges, **changes):
@@ -537,9 +432,12 @@ def spec(vocab, merges, **changes):
             "model": {"type": "BPE", "vocab": vocab, "merges": merges}} | changes
 
 
-def test_tokenizer_json_gives_the_same_encoding_and_goes_first(tmp_path):
+def test_a_folder_makes_the_merges_it_names_and_tokenizer_json_goes_first(tmp_path):
     vocab = byte_vocab(MERGES)
     expected = load_tokenizer(write_tokenizer(tmp_path / "a", vocab, MERGES))
+    hello = expected.encode_ordinary("hello hello")
+    assert hello == [vocab["hello"], vocab["Ġhell"], ord("o")]
+    assert expected.eot_token == vocab[EOT] == expected.n_vocab - 1
     write_tokenizer(tmp_path / "b", byte_vocab(), [])
     assert load_tokenizer(tmp_path / "b").n_vocab == 257
     for merges in ([list(m) for m in MERGES], [" ".join(m) for m in MERGES]):
@@ -550,9 +448,8 @@ def test_tokenizer_json_gives_the_same_encoding_and_goes_first(tmp_path):
     first = {char: n + 1 for char, n in byte_vocab().items()} | {EOT: 0}  # as `tokenizers` trains
     write(tmp_path / "b" / "tokenizer.json", spec(first, []))
     assert load_tokenizer(tmp_path / "b").encode_ordinary("a") == [ord("a") + 1]
-    pad = {"id": 263, "content": "<|pad|>", "special": True}
     with_pad = spec(vocab, MERGES)
-    with_pad["added_tokens"].append(pad)
+    with_pad["added_tokens"].append({"id": 263, "content": "<|pad|>", "special": True})
     write(tmp_path / "b" / "tokenizer.json", with_pad)
     assert load_tokenizer(tmp_path / "b").encode_ordinary("<|pad|>") == list(b"<|pad|>")
 
@@ -570,13 +467,12 @@ BROKEN_TOKENIZERS = {
     "ids against merge order": (GOOD | {"he": 257, "Ġhe": 256}, GOOD_MERGES),
     "merges in another order": (GOOD, GOOD_MERGES[::-1]),
     "a merge is missing": (GOOD, GOOD_MERGES[:1]),
-    "a merge too many": (GOOD, [*GOOD_MERGES, ("a", "b")]),
 }
 BROKEN_SPECS = {
     "no pre-tokenizer": {"pre_tokenizer": None},
     "another one": {"pre_tokenizer": CUT | {"type": "Whitespace"}},
     "a prefix space": {"pre_tokenizer": CUT | {"add_prefix_space": True}},
-    "no end token": {"added_tokens": []},
+    "no end token there": {"added_tokens": []},
     "an ordinary token, <think>": {"added_tokens": ORDINARY},
 }
 
@@ -593,18 +489,17 @@ def test_a_tokenizer_that_tiktoken_would_take_otherwise_is_refused(tmp_path, mon
     with pytest.raises(ValueError, match=f"{tmp_path.name}: not like GPT-2's") as caught:
         load_tokenizer(tmp_path)
     assert "<think>" not in case or "<think>" in str(caught.value)
-
-
-def test_added_tokens_of_old_folders_are_refused_by_name(tmp_path):
-    write(write_tokenizer(tmp_path, GOOD, GOOD_MERGES) / "added_tokens.json", {"<think>": 259})
+    monkeypatch.undo()
+    write(write_tokenizer(tmp_path / "old", GOOD, GOOD_MERGES) / "added_tokens.json", {"a": 259})
     with pytest.raises(ValueError, match="added tokens .*added_tokens.json"):
-        load_tokenizer(tmp_path)
+        load_tokenizer(tmp_path / "old")
 
 
 @needs_shared
 def test_the_names_of_gpt2_mean_the_tokenizer_of_the_files(tmp_path, monkeypatch, gpt2):
-    for source, cached in (("merges.txt", "6d1cbeee0f20b3d9449abfede4726ed8212e3aee"),
-                           ("vocab.json", "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6")):
+    files = {"merges.txt": "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
+             "vocab.json": "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"}  # their names in the cache
+    for source, cached in files.items():
         shutil.copy(SHARED / "gpt2" / source, tmp_path / cached)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
@@ -619,9 +514,9 @@ def test_ids_equal_those_of_transformers_gpt2_tokenizer_and_its_saved_files_load
     transformers = pytest.importorskip("transformers", reason="the oracle")
     theirs = transformers.GPT2Tokenizer.from_pretrained(SHARED / "gpt2")
     assert (theirs.eos_token_id, len(theirs)) == (gpt2.eot_token, gpt2.n_vocab) == (50256, 50257)
-    examples = load_examples(SHARED / "instruction-data.json")[:200]
-    texts = [*(t for t in TEXTS if EOT not in t), *(format_prompt(e) + e["output"] for e in examples)]
-    for text in texts:
+    book = load_examples(SHARED / "instruction-data.json")[:200]
+    texts = [format_prompt(example) + example["output"] for example in book]
+    for text in texts + [text for text in TEXTS if EOT not in text]:
         assert gpt2.encode_ordinary(text) == theirs(text)["input_ids"]
         assert gpt2.decode(gpt2.encode_ordinary(text)) == text
     theirs.save_pretrained(tmp_path)
@@ -629,22 +524,17 @@ def test_ids_equal_those_of_transformers_gpt2_tokenizer_and_its_saved_files_load
 
 
 def test_the_tokenizers_files_are_copied_byte_for_byte_and_nothing_else(tmp_path):
-    names = {"tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
-             "added_tokens.json", "special_tokens_map.json"}
+    names = {"tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"}
     for name in names | {"config.json", "model.safetensors"}:
         write(tmp_path / "a" / name, f"{name}\r\n".encode())
-    (tmp_path / "b").mkdir()
+    write(tmp_path / "b" / "config.json", b"mine")
     data.copy_tokenizer(tmp_path / "a", tmp_path / "b")
-    assert {p.name: p.read_bytes() for p in (tmp_path / "b").iterdir()} == {
-        name: f"{name}\r\n".encode() for name in names}
-
-
-# ---- the script
+    copied = {p.name: p.read_bytes() for p in (tmp_path / "b").iterdir()}
+    assert copied == {n: f"{n}\r\n".encode() for n in names} | {"config.json": b"mine"}
 
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """Flags for five records and a model of bytes."""
     write_tokenizer(tmp_path / "model", byte_vocab(), [])
     rows = [NO_INPUT | {"instruction": "x" * n, "source": "web"} for n in (1, 9, 6, 20, 2)]
     write(tmp_path / "records.json", rows)
@@ -668,9 +558,8 @@ def test_the_script_prints_split_notes_lengths_cuts_padding_and_one_example(here
     (["--model", "absent"], 1, "absent/vocab.json"),
     (["--max-length", "2"], 1, "max_length 2"),
     (["--template", "llama"], 2, "--template"),
-    (["--nonsense"], 2, "--nonsense"),
 ])
-def test_what_is_wrong_ends_in_one_line_and_1_for_data_2_for_flags(here, capsys, flags, code, needle):
+def test_what_is_wrong_is_one_line_and_1_for_data_2_for_flags(here, capsys, flags, code, needle):
     try:
         assert data.main([*here, *flags]) == code
     except SystemExit as ended:
@@ -679,11 +568,8 @@ def test_what_is_wrong_ends_in_one_line_and_1_for_data_2_for_flags(here, capsys,
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and needle in err
 
 
-def test_copied_alone_the_script_still_shows_data(here, tmp_path):
+def test_copied_alone_the_script_says_that_the_embedded_data_are_not_there(tmp_path):
     shutil.copy(ROOT / "data.py", tmp_path)
-    command = [sys.executable, "-I", "data.py"]
-    done = subprocess.run([*command, *here], capture_output=True, text=True, cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "") and ">>>No." in done.stdout
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run([sys.executable, "-I", tmp_path / "data.py"], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
     assert "instructions.json" in done.stderr

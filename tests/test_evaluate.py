@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import shutil
 import threading
 from collections import Counter
@@ -542,7 +543,7 @@ def test_one_prompt_that_is_too_long_is_an_error_of_this_question_alone(
     folder = answers_only()
     assert judged(folder, server, spec="openai:m") == 0
     assert "1 of 4 questions failed, the first: " in capsys.readouterr().err
-    assert scores(folder)["judge"]["answers"] == "3 scored of 4"
+    assert scores(folder)["judge_answers"] == "3 scored of 4"
     assert all("max_completion_tokens" in body for _, body, _ in server.asked)
 
 
@@ -570,10 +571,10 @@ def test_a_reply_without_a_score_is_kept_unscored_and_a_cut_one_says_so(
         (0, None, "I cannot say."), (1, None, "[[8"), (2, 95, "Compared. [[95]]")]
     err = capsys.readouterr().err
     assert err.count("raise --judge-max-tokens") >= 1 and "reply to 1 was cut off" in err
-    report = scores(folder)["judge"]
-    assert report["answers"] == "2 scored of 4" and report["mean"] == (95 + 5) / 2
-    assert report["bounds"] == [(95 + 5) / 4, (95 + 5 + 200) / 4]
-    assert report["interval"] == E.interval([95.0, 5.0])
+    report = scores(folder)
+    assert report["judge_answers"] == "2 scored of 4" and report["judge"] == (95 + 5) / 2
+    assert report["judge_bounds"] == [(95 + 5) / 4, (95 + 5 + 200) / 4]
+    assert report["judge_interval"] == E.interval([95.0, 5.0])
 
 
 # ---- keys
@@ -661,9 +662,12 @@ def test_a_changed_answer_or_setting_is_asked_anew_and_the_old_score_counts_no_m
     server.asked.clear()
     assert judged(folder, server) == 0
     assert [shown(body)[1] for _, body, _ in server.asked] == [["no idea"]]
-    assert scores(folder)["judge"]["mean"] == (5 + 95 + 95 + 5) / 4
+    assert scores(folder)["judge"] == (5 + 95 + 95 + 5) / 4
     assert judged(folder, server, "--judge-max-tokens", 5) == 0
     assert len(server.asked) == 1 + 4 + 16
+
+
+KINDS = ("reference", "another", "empty", "injection")
 
 
 @pytest.mark.parametrize("judge, fit, means", [
@@ -677,17 +681,18 @@ def test_a_changed_answer_or_setting_is_asked_anew_and_the_old_score_counts_no_m
 def test_canaries_tell_whether_the_judge_is_fit(server, answers_only, capsys, judge, fit, means):
     server.reply, folder = judge, answers_only(n=25)
     assert judged(folder, server) == 0
-    report = scores(folder)["judge"]
-    assert report["judge_is"] == fit and list(report["canaries"].values()) == means
-    assert Counter(r["id"].split()[0] for r in lines(folder / "canaries-ollama-m.jsonl")) == {
-        "reference": 9, "another": 9, "empty": 9, "injection": 9}
-    assert f"judge: judge is" in capsys.readouterr().out
+    report = scores(folder)
+    assert report["judge_is"] == fit
+    assert [report[f"judge_canary_{kind}"] for kind in KINDS] == means
+    assert Counter(r["id"].split()[0] for r in lines(folder / "canaries-ollama-m.jsonl")) == (
+        dict.fromkeys(KINDS, 9))
+    assert re.search(f"^judge is +{fit}$", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_the_other_answer_of_a_canary_is_never_the_right_one(server, answers_only):
     folder = answers_only(n=3, output="the same")
     assert judged(folder, server) == 0
-    assert scores(folder)["judge"]["canaries"]["another"] == 5  # an empty one, for want of others
+    assert scores(folder)["judge_canary_another"] == 5  # an empty one, for want of others
 
 
 def test_two_runs_are_compared_on_the_records_that_both_have(server, answers_only, capsys):
@@ -696,12 +701,12 @@ def test_two_runs_are_compared_on_the_records_that_both_have(server, answers_onl
     kept = lines(b / "responses.jsonl")[:3]
     (b / "responses.jsonl").write_text(json.dumps([*kept, *extra]))
     assert run(a, b, "--judge", "ollama:m", "--judge-url", server.url) == 0
-    difference = scores(b)["minus_the_first"]
-    assert difference["exact_match"] == {
-        "n": 3, "difference": pytest.approx(2 / 3), "interval": E.interval([0.0, 1.0, 1.0])}
-    assert difference["judge"]["difference"] == pytest.approx(60)
-    assert "minus_the_first" not in scores(a)
-    assert "minus the first: exact match: difference" in capsys.readouterr().out
+    report = scores(b)
+    assert report["compared"] == 3 and "compared" not in scores(a)
+    assert report["exact_match_minus_first"] == pytest.approx(2 / 3)
+    assert report["exact_match_minus_first_interval"] == E.interval([0.0, 1.0, 1.0])
+    assert report["judge_minus_first"] == pytest.approx(60)
+    assert re.search("^exact match minus first +- +0.667$", capsys.readouterr().out, re.MULTILINE)
 
 
 @pytest.mark.parametrize("verdict, expected", [
@@ -713,11 +718,10 @@ def test_a_pair_is_won_where_both_orders_agree(server, answers_only, verdict, ex
     server.reply = lambda path, body: (
         said(path, f"[[{verdict(*shown(body)[1])}]]") if "<B " in str(body) else honest(path, body))
     assert run(first, second, "--judge", "ollama:m", "--judge-url", server.url, "--pairwise") == 0
-    report = scores(second)["against_the_first"]
-    assert (report["win_rate"], report["flip_rate"]) == (expected[0] and pytest.approx(expected[0]),
-                                                         expected[1] and pytest.approx(expected[1]))
+    report = scores(second)
+    assert [report["pairs_won"], report["pairs_flipped"]] == [e and pytest.approx(e) for e in expected]
     n = 0 if expected[0] is None else 3
-    assert report["answers"] == f"{n} compared of 3"
+    assert report["pairs"] == f"{n} compared of 3"
     assert len(lines(second / "pairs-ollama-m.jsonl")) == 6
 
 
@@ -786,8 +790,8 @@ def test_a_run_is_answered_and_scored_with_its_model_and_forgetting_is_of_its_ba
     before = E.text_nll(E.load_model(base, "cpu")[0], ids)
     assert report["forgetting"] == pytest.approx(E.text_nll(gpt2, ids) - before) != 0
     tasks = Counter(e["task"] for e in examples)
-    assert report["exact_match_by_task"] == dict.fromkeys(sorted(tasks), 0.0)
-    assert set(report["exact_match_by_level"]) <= {"0", "1", "2"}
+    assert {f"exact_match_task_{task}" for task in tasks} == {k for k in report if "_task_" in k}
+    assert sum("_level_" in key for key in report) == len({e["level"] for e in examples})
     output = capsys.readouterr().out
     for label, value in (("n", "4"), ("response nll", f"{report['response_nll']:.3f}"),
                          ("exact match interval", "0.000 to 0.000")):
@@ -842,7 +846,7 @@ def test_a_model_folder_answers_the_data_in_a_folder_of_its_own(
     assert "runs/base-base/responses.jsonl holds other answers" in capsys.readouterr().err
     assert run(base, "--data", "data.json", "--template", "alpaca") == 1
     assert run(base, trained, "--data", "data.json", "--template", "plain") == 0
-    assert scores(trained)["minus_the_first"]["exact_match"]["n"] == 4
+    assert scores(trained)["compared"] == 4
 
 
 def test_tiny_by_name_answers_its_own_data_and_has_forgotten_nothing(tmp_path, monkeypatch, base):
@@ -873,9 +877,9 @@ def test_a_model_of_ours_judges_and_the_canaries_say_that_it_is_unfit(
         trained, base, answers_only, capsys):
     folder = answers_only()
     assert run(folder, "--judge", f"model:{base}", "--judge-max-tokens", 4) == 0
-    report = scores(folder)["judge"]
-    assert report["judge_is"] == "UNFIT" and report["answers"] == "0 scored of 4"
-    assert report["mean"] is None and report["bounds"] == [0, 100]
+    report = scores(folder)
+    assert report["judge_is"] == "UNFIT" and report["judge_answers"] == "0 scored of 4"
+    assert report["judge"] is None and report["judge_bounds"] == [0, 100]
     assert len(lines(folder / "judge-model-base.jsonl")) == 4
     assert run(folder, "--judge", f"model:{trained}", "--judge-max-tokens", 4) == 0
 

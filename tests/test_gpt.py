@@ -183,6 +183,7 @@ ROOM = [9, 9, 9, 4, 1]  # of nine new ids each; the last two fill the block
 def test_a_batch_gives_what_each_prompt_gives_alone_up_to_its_eos_or_a_full_block(model):
     free = generate(model, PROMPTS, 9)
     assert [len(answer) for answer in free] == ROOM
+    assert generate(model, PROMPTS, 99) == [one_by_one(model, p, 99) for p in PROMPTS]
     for eos_id in (None, free[0][4], free[1][2], free[2][0]):
         expected = [one_by_one(model, p, 9, eos_id) for p in PROMPTS]
         assert generate(model, PROMPTS, 9, eos_id=eos_id) == expected
@@ -461,6 +462,8 @@ def test_safetensors_round_trip_and_agree_with_the_library(tmp_path):
     assert same(read_safetensors(theirs))
     ours.write_bytes(raw(json.dumps({"a": entry(0, 4)}).encode() + b"   ", struct.pack("<f", 1.5)))
     assert read_safetensors(ours)["a"].tolist() == [1.5]  # at an odd address
+    ours.write_bytes(raw({"b": entry(4, 8), "a": entry(0, 4)}, struct.pack("<ff", 1, 2)))
+    assert read_safetensors(ours) == {"a": torch.tensor([1.0]), "b": torch.tensor([2.0])}
     ours.write_bytes(raw({"__metadata__": {"format": "pt"}}))
     assert read_safetensors(ours) == {}
 
@@ -503,11 +506,15 @@ def test_malformed_safetensors_are_one_clear_error(tmp_path, content):
 
 @pytest.mark.parametrize("write", [
     lambda path: write_safetensors(path, {"a": torch.ones(2, device="meta")}),
-    lambda path: gpt.write_json(path, {"a": object()})])
-def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, write):
+    lambda path: gpt.write_json(path, {"a": object()}),
+    lambda path: gpt.write_json(path, {"a": "a disk that fails"})])
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, write):
+    def fail(descriptor):
+        raise OSError("No space left on device")
+    monkeypatch.setattr(gpt.os, "fsync", fail)
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises((NotImplementedError, TypeError)):
+    with pytest.raises((NotImplementedError, TypeError, OSError)):
         write(path)
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("file", "old")]
 
@@ -630,16 +637,20 @@ def test_the_device_is_chosen_by_name_and_by_what_is_there(monkeypatch):
     assert asked == ["cuda:3", "cuda:3", "cuda:1", "gpu"]
 
 
-def test_the_command_line_continues_a_text_and_names_what_is_wrong(capsys):
+def test_the_command_line_continues_a_text_and_names_what_is_wrong(capsys, monkeypatch):
+    options, true = [], gpt.generate
+    monkeypatch.setattr(gpt, "generate", lambda *a, **k: options.append(k) or true(*a, **k))
     assert gpt.main(["--prompt", "The capital of France is", "--max-new-tokens", "5"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("The capital of France is") and len(out) > 28
     flags = ["--prompt", "The", "--temperature", "2", "--top-k", "9", "--top-p", "0.9", "--seed"]
     texts = [(gpt.main([*flags, seed]), capsys.readouterr().out) for seed in "112"]
-    assert texts[0] == texts[1] != texts[2]
+    assert texts[0] == texts[1] != texts[2] and {o["eos_id"] for o in options} == {2047}
     for wrong in ([""], ["a", "--top-k", "3"], ["a", "--model", "x"]):
         assert gpt.main(["--prompt", *wrong]) == 1
         error = capsys.readouterr().err
         assert error.startswith("error: ") and error.count("\n") == 1
     with pytest.raises(SystemExit, match="2"):
         gpt.main([])
+    monkeypatch.setitem(sys.modules, "lora", None)  # as when gpt.py is copied alone
+    assert gpt.main(["--prompt", "a"]) == 1 and "lora" in capsys.readouterr().err

@@ -136,8 +136,8 @@ CAUGHT = [  # bug, the check that catches it, what it says, arguments of Run, th
          {"default": nn.Parameter(torch.ones(2, 16), False)})),
     ("B11", "check_model", FLAG + ".*lora_A.style is True", TWO,
      lambda run: [p.requires_grad_() for p in matrices(run, "style")]),
-    ("B12", "check_model", FLAG + ".*lora_A.style is True, .*lora_A.task is False", TWO, lambda run: [
-        p.requires_grad_(name == "style") for name in ("style", "task") for p in matrices(run, name)]),
+    ("B12", "check_model", FLAG + ".*A.style is True, .*A.task is False", TWO, lambda run: [
+        p.requires_grad_(n == "style") for n in ("style", "task") for p in matrices(run, n)]),
     ("B13", "check_model", OBJECT + "lm_head.weight, wte.weight|" + OBJECT + "wte.weight", {},
      lambda run: setattr(run.model, "wte", nn.Embedding(64, 16))),
     ("B16", "check_model", FLAG + "h.2.attn.c_attn.bias is False", {},
