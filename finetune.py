@@ -27,6 +27,11 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -98,8 +103,8 @@ def n_targets(batch: list, loss_on: str) -> int:
 
 
 def loss_sum(model: GPT, batch: list, loss_on: str, machine: Machine, prefix=None) -> Tensor:
-    """Cross-entropy in nats, summed over the supervised tokens. The head is applied only where a
-    loss is wanted, HEAD_ROWS at a time: all logits would be by far the largest tensor of a step."""
+    """Cross-entropy in nats, summed over the supervised tokens. The head is applied only to them,
+    HEAD_ROWS at a time: all logits would be by far the largest tensor of a step."""
     inputs, targets = collate(batch, loss_on)  # (B, T) each
     wanted = (targets.flatten() != -100).nonzero()[:, 0]  # (N,), on the CPU: no GPU waits
     choose_attention(machine.device, machine.dtype, inputs.shape[1])
@@ -169,8 +174,8 @@ def lowest_block(names, n_layer: int) -> int:
 
 
 def build_optimizer(model: GPT, plan, recipe, before=None) -> torch.optim.AdamW:
-    """AdamW over exactly plan.parameters(), grouped by rate and weight decay, with the moments that
-    the optimizer `before` has of what goes on training."""
+    """AdamW over exactly plan.parameters(), by rate and weight decay, with the moments that the
+    optimizer `before` has of what goes on training."""
     mixed = len({bool(ADAPTER.search(name)) for name in plan.trainable}) == 2
     groups, top = {}, model.config.n_layer - 1
     for name, p in model.named_parameters():
@@ -286,8 +291,8 @@ def log(job: Job, epoch: int, loss: float, rate: float, norm: float, indices: li
         with open(job.out / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
             job.logged = file.tell()
-    text = (f"step {job.step}/{len(job.order)}  epoch {epoch}  train loss {loss:.3f}  val loss "
-            f"{job.val_loss:.3f}  {job.tokens / job.seconds:,.0f} tokens/s  "
+    text = (f"step {job.step}/{len(job.order)}, epoch {epoch}: train {loss:.3f}, val "
+            f"{job.val_loss:.3f}; {job.tokens / job.seconds:,.0f} tokens/s, "
             f"{job.seconds / job.step * left:.0f} s left")
     if sys.stdout.isatty():  # one line that is updated
         width = shutil.get_terminal_size().columns - 1
@@ -324,8 +329,7 @@ def save_checkpoint(job: Job, model: GPT, plan, optimizer) -> None:
 
 
 def load_checkpoint(job: Job, model: GPT) -> dict:
-    """Put weights and state of the newer intact checkpoint in place, and return all that it holds;
-    a damaged one is passed over by name. ValueError where it belongs to another run."""
+    """Put weights and state of the newer intact checkpoint in place; returns all that it holds."""
     for path in (job.out / "checkpoint.pt", job.out / "checkpoint.prev.pt"):
         if not path.exists():
             continue
@@ -481,12 +485,11 @@ def lowest_trained(model: GPT, job: Job) -> int:
     """The lowest block that trains in any span; ValueError for a flag that has no effect then."""
     names = set().union(*(resolve(model, policy) for policy in {p for _, p in job.spans}))
     recipe, layer = job.recipe, lowest_block(names, model.config.n_layer)
-    idle = recipe.lora_r and not any(map(ADAPTER.search, names))
-    for flag, wrong in (("lora-r: no adapter", idle),
-                        ("cache-prefix: the lowest block", recipe.cache_prefix and layer == 0),
-                        ("fsdp: not always the same", recipe.fsdp and len(job.spans) > 1)):
-        if wrong:
-            raise ValueError(f"--{flag} trains under --trainable {recipe.trainable}")
+    for flag, idle in (("lora_r: no adapter", not any(map(ADAPTER.search, names))),
+                       ("cache_prefix: the lowest block", layer == 0),
+                       ("fsdp: not always the same", len(job.spans) > 1)):
+        if idle and getattr(recipe, flag.partition(":")[0]):
+            raise ValueError(f"--{flag.replace('_', '-')} trains under {recipe.trainable!r}")
     return layer
 
 
@@ -496,11 +499,11 @@ def claim(out: Path, resume: bool, overwrite: bool, sources: list, machine: Mach
     held = (out / "metrics.jsonl").exists() or (out / "run.json").exists()
     if resume and not held:
         raise FileNotFoundError(f"--resume: no run in {out}")
-    if out.exists() and not held and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"--out {out}: holds something that is no run; choose another")
     if held and not (resume or overwrite):
         raise FileExistsError(f"--out {out}: holds a run; --resume goes on with it, --overwrite "
                               "replaces it, another --out keeps it")
+    if out.exists() and not held and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"--out {out}: holds something that is no run; choose another")
     if any(path and path.resolve().is_relative_to(out.resolve()) for path in sources):
         raise FileExistsError(f"--out {out}: holds the model that this run starts from")
     machine.wait()  # all have seen the folder as it was
@@ -531,8 +534,8 @@ def run(args) -> int:
         return 0
     saved = load_checkpoint(job, model) if args.resume else None
     say(f"data     {args.data}: {parts.rows} records ({parts.split}); {len(job.train)} train, "
-        f"{len(job.val)} validate, {len(parts.test)} test")
-    say(f"model    {args.model} on {machine.device} in {job.recipe.dtype}, lr {job.recipe.lr:g}")
+        f"{len(job.val)} validate, {len(parts.test)} test\n"
+        f"model    {args.model} on {machine.device} in {job.recipe.dtype}, lr {job.recipe.lr:g}")
 
     model.to(machine.device)
     for block in model.h:
@@ -567,7 +570,9 @@ def finish(job: Job, model: GPT, folder: Path, tokenizer, test: list) -> None:
     """Save what was trained and run.json, then answer the test records."""
     out, base, device = job.out, folder, job.machine.device
     limit = min(model.config.block_size, 2 * max(len(e.ids) - e.n_prompt for e in job.train))
-    memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else 0
+    memory *= 1 if sys.platform == "darwin" else 1024  # bytes
+    memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else memory
     figures = {"steps": job.step, "train_loss": sum(job.losses) / len(job.losses),
                "val_loss": job.val_loss, "exact_match": None, "seconds": round(job.seconds, 3),
                "tokens_per_second": round(job.tokens / job.seconds, 1), "max_new_tokens": limit,
@@ -601,16 +606,6 @@ def finish(job: Job, model: GPT, folder: Path, tokenizer, test: list) -> None:
     say(f"saved    {out}")
 
 
-def peak_memory() -> int:
-    """Bytes that this process had at its largest; 0 where the system does not tell (Windows)."""
-    try:
-        import resource
-    except ImportError:
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def parse_args(argv=None):
     """The flags, in reading order."""
     parser = argparse.ArgumentParser(
@@ -628,10 +623,10 @@ def parse_args(argv=None):
     add("--lora-alpha", type=float, help="scale times rank (default: 2 r)")
     add("--lora-targets", help="suffixes of module names (default: c_attn,c_proj,c_fc)")
     add("--lora-dropout", type=float, help="on the adapters' input (default: 0)")
-    add("--rslora", action="store_true", help="scale by alpha / sqrt(r) in place of alpha / r")
+    add("--rslora", action="store_true", help="scale by alpha / sqrt(r), not alpha / r")
     add("--untie-head", action="store_true", help="give the head its own copy of the embedding")
     add = parser.add_argument_group("data").add_argument
-    add("--template", choices=list(TEMPLATES), default="alpaca", help="prompt format")
+    add("--template", choices=list(TEMPLATES), default="alpaca", help="of prompts")
     add("--loss-on", choices=["response", "all"], default="response", help="which tokens count")
     add("--max-length", type=int, help="tokens of an example (default: all that fit)")
     add("--max-examples", type=int, help="train on the first so many records")
@@ -640,9 +635,9 @@ def parse_args(argv=None):
     add("--batch-size", type=int, help="examples in a micro-batch (default: auto)")
     add("--grad-accum", type=int, default=1, help="micro-batches in a step")
     add("--lr", type=float, help="peak learning rate (default: auto)")
-    add("--lr-decay", type=float, default=1.0, help="factor for each block further from the head")
+    add("--lr-decay", type=float, default=1.0, help="factor for each block away from the head")
     add("--dropout", type=float, default=0.0, help="in the model")
-    add("--weight-decay", type=float, default=0.1, help="on matrices, not on biases and norms")
+    add("--weight-decay", type=float, default=0.1, help="on matrices")
     add("--warmup", type=float, default=0.05, help="steps, or below 1 a share of them")
     add("--schedule", choices=["linear", "cosine", "constant"], default="linear", help="of rate")
     add("--clip", type=float, default=1.0, help="largest gradient norm; 0: do not clip")
@@ -650,8 +645,7 @@ def parse_args(argv=None):
     add("--max-steps", type=int, help="stop after so many steps")
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--dtype", choices=["auto", "fp32", "bf16"], default="auto",
-        help="of matrix products; weights stay fp32 (auto: bf16 on GPUs that have it)")
+    add("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="of matrix products")
     add("--compile", action="store_true", help="compile the blocks: slow to start, then faster")
     add("--cache-prefix", action="store_true", help="run the frozen lower blocks once per record")
     add("--recompute", action="store_true", help="activations again in backward: less memory")

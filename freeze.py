@@ -88,7 +88,7 @@ def matching(model: nn.Module, term: str, names: list[str]) -> set[str]:
         chosen = chosen_blocks(term, find_blocks(model))
         end = max(i for i, n in enumerate(base, 1) if n.startswith(chosen))
         after = map(module_of, base[end:end + 1] if term.startswith("last:") else [])
-        norm = set(filter(is_norm, after))  # what follows the blocks, if it is one
+        norm = set(filter(is_norm, after))  # if that follows the blocks
         return {n for n in base if n.startswith(chosen) or module_of(n) in norm}
     if term in names or "*" in term:
         return {n for n in names if fnmatchcase(n, term)}
@@ -208,7 +208,7 @@ class Plan:
         self._digests = digests(self._named | self._constants(model))
 
     def parameters(self) -> list[nn.Parameter]:
-        """Exactly what the optimizer should be given, in the model's order."""
+        """What the optimizer should be given, in the model's order."""
         return [p for name, p in self._named.items() if name in self._trains]
 
     def set_modes(self, model: nn.Module) -> None:
@@ -283,7 +283,7 @@ class Plan:
         self.check_unchanged(model, trained=False)
 
     def summary(self) -> str:
-        """What trains, in parameters and in bytes."""
+        """What trains, in parameters and bytes."""
         total = sum(p.numel() for p in self._named.values())
         trains = sum(p.numel() for p in self.parameters())
         return (f"{self.policy}: trains {trains:,} of {total:,} parameters ({trains / total:.2%}), "
@@ -324,7 +324,7 @@ def main(argv=None) -> int:
     warnings.filterwarnings("ignore", "Failed to initialize NumPy")
     parser = argparse.ArgumentParser(description="Print what a freeze policy trains.")
     parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
-    parser.add_argument("--model", default="tiny", help="a model folder or name")
+    parser.add_argument("--model", default="tiny", help="model folder or name")
     parser.add_argument("--trainable", default="all", help=f"terms, with commas: {TERMS}")
     parser.add_argument("--lora-r", type=int, help="add adapters of this rank")
     args = parser.parse_args(argv)

@@ -1,10 +1,9 @@
 """Speed and memory, side by side: this project, and the loop that a learner writes first.
 
 The plain loop: our GPT (which is faster than most), records in file order padded to the longest of
-a batch, all logits, AdamW as it comes, LoRA by our adapters. This project is finetune.py
-itself, with flags. Variants take turns in rounds, one process at a time, each fresh, with its own
-allocator and its own peak memory. A row gives the median over the rounds, and their range. Weights
-are random, of GPT-2 small's shape; records are made, as long as the book's.
+a batch, all logits, AdamW as it comes. This project is finetune.py itself, with flags. Variants
+take turns, each in a fresh process, one at a time; a row gives the median of the rounds, and
+their range. Weights are random, of GPT-2 small's shape; records are made, as long as the book's.
 
     python tests/bench.py                            # every row, as a Markdown table
     python tests/bench.py --only full,lora --steps 50
@@ -14,10 +13,12 @@ are random, of GPT-2 small's shape; records are made, as long as the book's.
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import platform
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -37,6 +38,7 @@ if __name__ != "__main__":  # Linux counts a child's peak memory from its parent
     import torch
     import torch.nn.functional as F
     from torch import nn
+    from torch.nn.utils.rnn import pad_sequence
 
     import finetune
     import freeze
@@ -52,61 +54,23 @@ ANSWERS = [2, 6, 7, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 14, 14, 15, 16, 17, 20,
 TEMPLATE = 29  # ids around the instruction, by the embedded tokenizer
 WORDS = "and one ten day write as in is it or me".split()  # one id each
 
-Row = namedtuple("Row", "name who policy flags least most", defaults=("all", (), (), None))
-PLAIN, CACHED = Row("plain loop", "plain"), ("--cache-prefix",)
-CPU = {  # least: times the first row, where oneDNN is twice MKL, and where it is not; most: GiB
-    "full": [PLAIN, Row("full, fp32", "ours", "all", (), (3.6, 2.3), 2.9),
-             Row("full, bf16", "ours", "all", ("--dtype", "bf16"), (4.5, 3.1))],
-    "last_block": [PLAIN, Row("last block", "ours", "last_block", (), (9, 6), 1.1),
-                   Row("last block, cached, epoch 2", "ours", "last_block", CACHED, (25, 16.7))],
-    "lora": [Row("plain loop of LoRA", "plain", "lora"),
-             Row("LoRA, r = 16", "ours", "lora", (), (3.4, 2.2), 1.5)]}
-HF, FULL = Row("transformers", "transformers"), Row("full", "ours")
-GPU = [(8, [HF, FULL]), (64, [HF, FULL._replace(least=(3.5, 3.5))]),
-       (256, [HF, FULL, Row("full, --compile", "ours", "all", ("--compile",))]),
-       (64, [FULL, Row("last block, cached", "ours", "last_block", CACHED, (3, 3))]),
-       (64, [Row("PEFT", "transformers", "lora"), Row("LoRA, r = 16", "ours", "lora")])]
-REMEDIES = {
-    "mallopt": "freed memory is kept", "caches": "oneDNN's caches are small",
-    "products": "oneDNN multiplies in fp32", "flash": "no flash kernel for short texts",
-    "flash-tiny": "the same, embedded model", "head": "head only where a loss is wanted",
-    "lengths": "batches of similar length", "fused": "fused AdamW",
-    "prefix": "--cache-prefix for two blocks, epoch 2",
-    "shared": "generation: beginning of prompts shared", "leaving": "generation: ended rows leave"}
-
 
 # ---- what runs in processes of its own: the functions return figures
-
-class Stopwatch:
-    """Seconds and tokens of the measured steps. It also stands in for the list of signals, which
-    finetune.train looks at once a step: none ever comes."""
-
-    def __init__(self, steps, skip=WARM, state=None):
-        self.marked, self.steps, self.state, self.marks = (skip, skip + steps), steps, state, []
-
-    def after(self, step, tokens):
-        """To be told of every step (from 1), and of the tokens so far."""
-        if step in self.marked:
-            self.marks.append((clock(), tokens))
-
-    def __len__(self):
-        self.after(self.state.step, self.state.tokens)
-        return 0
-
-    def figures(self):
-        """Tokens a second, seconds a step, and bytes of this process, or on the GPU, at most."""
-        (began, before), (end, after) = self.marks
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        most = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else most
-        return {"rate": (after - before) / (end - began), "step": (end - began) / self.steps,
-                "peak": most}
-
 
 def clock():
     """Seconds, once a GPU has done what it was given."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def figures(marks, steps):
+    """Of the last `steps` steps, by the (seconds, tokens) after each: tokens a second and seconds a
+    step; and the most bytes that this process had, or allocated on the GPU."""
+    (began, before), (end, after) = marks[-steps - 1], marks[-1]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else peak
+    return {"rate": (after - before) / (end - began), "step": (end - began) / steps, "peak": peak}
 
 
 def write_model(folder, *sizes):
@@ -124,17 +88,11 @@ def encoded(folder, data, part):
 
 
 def ours(steps, folder, data, policy, flags=(), size=8, device="cpu", without=None):
-    """finetune.py with these flags, `without` one of the remedies. With --cache-prefix measured is
+    """finetune.py with these flags, `without` one of the remedies; with --cache-prefix measured is
     the second epoch. "proof": seconds that freezing and its checks take."""
-    switch_off(without)
-    epochs = 2 if "--cache-prefix" in flags else 1
+    epochs, spent, never = "2" if "--cache-prefix" in flags else "1", [], "1000000"
     flags = [flag for flag in flags if flag != "--cache-prefix" or without != "prefix"]
-    watch = Stopwatch(steps, WARM + (steps + WARM + 1) * (epochs - 1))
-    spent, train, never = [], finetune.train, "1000000"
-
-    def train_watched(model, plan, optimizer, first, end, job, noted):
-        watch.state = job.state
-        return train(model, plan, optimizer, first, end, job, watch)
+    switch_off(without)
 
     def timed(check):
         def wrapper(*args, **options):
@@ -143,72 +101,70 @@ def ours(steps, folder, data, policy, flags=(), size=8, device="cpu", without=No
             spent.append(clock() - began)
         return wrapper
 
-    finetune.train = train_watched
     for name in "__init__ check_model check_optimizer check_gradients check_unchanged".split():
         setattr(freeze.Plan, name, timed(getattr(freeze.Plan, name)))
     with tempfile.TemporaryDirectory() as out:
         code = finetune.main([
             "--model", folder, "--data", data, "--out", f"{out}/run", "--trainable", policy,
-            "--epochs", str(epochs), "--batch-size", str(size), "--device", device,
-            "--eval-every", never, "--checkpoint-every", never, "--no-responses",
-            *(["--lora-r", "16"] if policy == "lora" else []), *flags])
-    if code:
-        raise RuntimeError(f"finetune.py ended with exit code {code}, see above")
-    return watch.figures() | {"proof": sum(spent)}
+            "--epochs", epochs, "--batch-size", str(size), "--device", device, "--no-responses",
+            "--eval-every", never, *(["--lora-r", "16"] if policy == "lora" else []), *flags])
+        if code:
+            raise RuntimeError(f"finetune.py ended with exit code {code}, see above")
+        lines = map(json.loads, Path(out, "run", "metrics.jsonl").read_text().splitlines())
+    return figures([(m["seconds"], m["tokens"]) for m in lines], steps) | {"proof": sum(spent)}
 
 
 def switch_off(remedy):
-    """Do without a remedy; an error where its function has another name now."""
-    speed_up, adamw, keep = finetune.speed_up_blocks, torch.optim.AdamW, finetune.keep_freed_memory
+    """Do without a remedy; an error where what does it has another name now."""
+    AdamW = torch.optim.AdamW
 
     def all_logits(model, batch, loss_on, machine, prefix=None):
         inputs, targets = collate(batch, loss_on)
+        finetune.choose_attention(machine.device, machine.dtype, inputs.shape[1])
         return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), reduction="sum")
 
-    with_flash = lambda *args: speed_up(*args) or torch.backends.cuda.enable_flash_sdp(True)
-    file_order = lambda lengths, size, seed, epoch: [
-        list(range(len(lengths)))[i:i + size] for i in range(0, len(lengths), size)]
-    caches_alone = mock.patch("ctypes.CDLL", lambda name: None)(keep)
-    patches = {"mallopt": (finetune, "keep_freed_memory", caches_alone),
-               "products": (finetune, "multiply_with_onednn", lambda: None),
-               "flash": (finetune, "speed_up_blocks", with_flash),
-               "head": (finetune, "loss_sum", all_logits),
-               "lengths": (finetune, "batches", file_order),
-               "fused": (torch.optim, "AdamW", lambda groups, fused: adamw(groups))}
-    if remedy == "caches":  # oneDNN's default, and torch's
-        os.environ |= {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024", "LRU_CACHE_CAPACITY": "1024"}
-    elif remedy in patches:
-        mock.patch.object(*patches[remedy]).start()
+    def file_order(lengths, size, seed, epoch):
+        return [list(range(len(lengths)))[i:i + size] for i in range(0, len(lengths), size)]
+
+    defaults = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024", "LRU_CACHE_CAPACITY": "1024"}
+    patches = {"mallopt": mock.patch("ctypes.CDLL", lambda name: None),
+               "caches": mock.patch.dict(os.environ, defaults),
+               "products": mock.patch("finetune.multiply_with_onednn", lambda: None),
+               "flash": mock.patch("finetune.choose_attention", lambda *args: None),
+               "head": mock.patch("finetune.loss_sum", all_logits),
+               "lengths": mock.patch("finetune.batches", file_order),
+               "fused": mock.patch("torch.optim.AdamW", lambda groups, fused: AdamW(groups))}
+    if remedy in patches:
+        patches[remedy].start()
 
 
 def make_rival(folder, policy, library):
     """Our GPT, for LoRA with our adapters; or transformers' with PEFT's."""
-    if library == "transformers":
-        from transformers import GPT2LMHeadModel
-        model = GPT2LMHeadModel.from_pretrained(folder)
+    if library != "transformers":
+        model = gpt.GPT.from_pretrained(folder).requires_grad_(policy == "all")
         if policy == "lora":
-            from peft import LoraConfig, get_peft_model
-            model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, fan_in_fan_out=True,
-                                                     target_modules=["c_attn", "c_proj", "c_fc"]))
+            add_lora(model, r=16, alpha=32)
         return model
-    model = gpt.GPT.from_pretrained(folder).requires_grad_(policy == "all")
+    from transformers import GPT2LMHeadModel
+    model = GPT2LMHeadModel.from_pretrained(folder)
     if policy == "lora":
-        add_lora(model, r=16, alpha=32)
+        from peft import LoraConfig, get_peft_model
+        model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, fan_in_fan_out=True,
+                                                 target_modules=["c_attn", "c_proj", "c_fc"]))
     return model
 
 
 def rival(steps, folder, data, policy, library="plain", size=8, device="cpu"):
     """The plain loop; or a step as transformers' Trainer has it, on GPUs in bf16."""
-    plain, watch, tokens = library == "plain", Stopwatch(steps), 0
+    plain, marks, tokens = library == "plain", [], 0
     model = make_rival(folder, policy, library).to(device).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=5e-5, weight_decay=0.1, fused=None if plain else True)
     records = encoded(folder, data, "train")
-    for step, first in enumerate(range(0, len(records), size), 1):
+    for first in range(0, len(records), size):
         batch = records[first:first + size]
         inputs, targets = (t.to(device) for t in collate(batch))  # (B, T) each
-        lengths = torch.tensor([[len(e.ids) - 1] for e in batch])
-        mask = (torch.arange(inputs.shape[1]) < lengths).to(device)
+        mask = pad_sequence([torch.ones(len(e.ids) - 1) for e in batch], True).to(device)
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             logits = model(inputs) if plain else model(inputs, attention_mask=mask).logits
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
@@ -219,15 +175,15 @@ def rival(steps, folder, data, policy, library="plain", size=8, device="cpu"):
         optimizer.step()
         loss.item()
         tokens += sum(len(e.ids) for e in batch)
-        watch.after(step, tokens)
-    return watch.figures()
+        marks.append((clock(), tokens))
+    return figures(marks, steps)
 
 
 def answer(model, batch, new, how):
-    """Continue prompts by `new` ids; random weights do not end. Or until the record's own answer
+    """Continue prompts by `new` ids: random weights do not end. Or until the record's own answer
     ends, and the row is then "leaving", or "staying" until all have ended."""
     prompts, left = [e.ids[:e.n_prompt] for e in batch], [len(e.ids) - e.n_prompt for e in batch]
-    sample, width = gpt.sample, max(map(len, prompts))
+    sample = gpt.sample
 
     def sample_ends(*args):
         ids = sample(*args).clamp(max=VOCAB - 2)
@@ -235,32 +191,31 @@ def answer(model, batch, new, how):
         return torch.where(torch.tensor(left, device=ids.device) == 0, VOCAB - 1, ids)
 
     if how == "transformers":
-        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=model.device)
-        seen = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-        model.generate(ids, attention_mask=seen.to(model.device), do_sample=False, pad_token_id=0,
+        padded = [pad_sequence(rows, True, 0, "left").to(model.device) for rows in (
+            [torch.tensor(p) for p in prompts], [torch.ones(len(p)) for p in prompts])]
+        model.generate(padded[0], attention_mask=padded[1], do_sample=False, pad_token_id=0,
                        max_new_tokens=new, min_new_tokens=new)
     elif how == "leaving":
-        with mock.patch.object(gpt, "sample", sample_ends):
+        with mock.patch("gpt.sample", sample_ends):
             gpt.generate(model, prompts, max(left), eos_id=VOCAB - 1)
     else:  # where rows have adapters of their own, nothing is shared
         model.active = [None] * len(batch) if how == "unshared" else None
         gpt.generate(model, prompts, max(left) if how == "staying" else new)
 
 
-def generation(steps, folder, data, how="ours", new=32, device="cpu"):
+def generation(_, folder, data, how="ours", new=32, size=64, device="cpu"):
     """Answers to all test prompts, longest first: that is a step."""
-    records, watch = encoded(folder, data, "test"), Stopwatch(steps, skip=1)
-    records.sort(key=lambda e: -e.n_prompt)
-    size = 16 if how == "transformers" else 64  # its best; what generate_responses takes
+    records = sorted(encoded(folder, data, "test"), key=lambda e: -e.n_prompt)
     model = make_rival(folder, "all", how).to(device).eval()
-    if size == 64:
+    if how != "transformers":
         finetune.keep_freed_memory()
         finetune.multiply_with_onednn()
-    for step in range(1, steps + 2):
+    marks, steps = [], 2
+    for step in range(steps + 1):
         for first in range(0, len(records), size):
             answer(model, records[first:first + size], new, how)
-        watch.after(step, step * new * len(records))
-    return watch.figures()
+        marks.append((clock(), step * new * len(records)))
+    return figures(marks, steps)
 
 
 def products(C, size, device) -> dict:
@@ -284,20 +239,38 @@ def products(C, size, device) -> dict:
 
 # ---- who takes turns with whom, and what is printed
 
+# least: times the first row of the group, where oneDNN is twice MKL, and where not; most: GiB
+Row = namedtuple("Row", "name function options least most", defaults=((), None))
+ALL, LORA, LAST = {"policy": "all"}, {"policy": "lora"}, {"policy": "last_block"}
+CACHED, HF = {"flags": ["--cache-prefix"]}, {"library": "transformers"}
+PLAIN, THEIRS = Row("plain loop", rival, ALL), Row("transformers", rival, ALL | HF)
+CPU = {
+    "full": [PLAIN, Row("full, fp32", ours, ALL, (3.6, 2.3), 2.9),
+             Row("full, bf16", ours, ALL | {"flags": ["--dtype", "bf16"]}, (4.5, 3.1))],
+    "last_block": [PLAIN, Row("last block", ours, LAST, (9, 6), 1.1),
+                   Row("last block, cached, epoch 2", ours, LAST | CACHED, (25, 16.7))],
+    "lora": [Row("plain loop of LoRA", rival, LORA), Row("LoRA", ours, LORA, (3.4, 2.2), 1.5)],
+    "generation": [Row("answers by transformers", generation, {"how": "transformers", "size": 16}),
+                   Row("answers", generation, {"size": 64}, (2.5, 2.5))]}  # 16: its best
+GPU = [  # size of batches, rows
+    (8, [THEIRS, Row("full", ours, ALL)]), (64, [THEIRS, Row("full", ours, ALL, (3.5, 3.5))]),
+    (256, [THEIRS, Row("full", ours, ALL)]),
+    (64, [Row("full", ours, ALL), Row("last block, cached", ours, LAST | CACHED, (3, 3))]),
+    (64, [Row("PEFT", rival, LORA | HF), Row("LoRA", ours, LORA)])]
+HEAD = ["what", "times the first", "tokens/s", "GiB", "proof", "target", ""]
+MET = {True: "met", False: "**not met**"}
+REMEDIES = {  # what is measured with it; and without, where switch_off does not do it
+    "mallopt": (ours, ALL), "caches": (ours, ALL), "products": (ours, ALL), "flash": (ours, ALL),
+    "flash-tiny": (ours, ALL | {"folder": "tiny"}), "head": (ours, ALL), "lengths": (ours, ALL),
+    "fused": (ours, ALL), "prefix": (ours, {"policy": "last_two_blocks"} | CACHED),
+    "shared": (generation, {}, {"how": "unshared"}),
+    "leaving": (generation, {"how": "leaving"}, {"how": "staying"})}
+
+
 def once(function, *args, **options):
     """What a function returns in a process of its own."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *args, **options).result()
-
-
-def measure(args, variants: dict) -> dict[str, dict]:
-    """name -> (function, options): name -> the figures of its rounds, each a list."""
-    rounds = []
-    for i in range(args.rounds):  # every other one backwards
-        names = list(variants)[::-1 if i % 2 else 1]
-        rounds.append({n: once(variants[n][0], args.steps, **variants[n][1]) for n in names})
-    return {n: {key: [figures[n][key] for figures in rounds] for key in rounds[0][n]}
-            for n in variants}
 
 
 def make_data(folder, n_batches, size) -> str:
@@ -306,9 +279,8 @@ def make_data(folder, n_batches, size) -> str:
     path.mkdir(exist_ok=True)
 
     def text(quantiles, without):
-        place, part = divmod(draws.random() * (len(quantiles) - 1), 1)
-        low, high = quantiles[int(place):int(place) + 2]
-        return " ".join(draws.choices(WORDS, k=round(low + part * (high - low)) - without))
+        i = draws.randrange(len(quantiles) - 1)
+        return " ".join(draws.choices(WORDS, k=draws.randint(*quantiles[i:i + 2]) - without))
 
     for name, n in (("train", n_batches * size), ("val", 8), ("test", 110)):
         records = [{"instruction": text(PROMPTS, TEMPLATE), "output": text(ANSWERS, 1)}
@@ -317,58 +289,110 @@ def make_data(folder, n_batches, size) -> str:
     return str(path)
 
 
-def report(what, measured, own=None, target="", met=None):
-    """One row of the table; `own`: figures, whose rate and peak are shown."""
-    speed = f"{statistics.median(own['rate']):,.0f}" if own else ""
-    peak = f"{max(own['peak']) / 2**30:.2f}" if own else ""
-    verdict = "" if met is None else "met" if met else "**not met**"
-    print("|", " | ".join((what, measured, speed, peak, target, verdict)), "|", flush=True)
+def report(*cells) -> None:
+    """One row of the table."""
+    print("|", " | ".join(cells + ("",) * (len(HEAD) - len(cells))), "|", flush=True)
 
 
-def ratio(own, other) -> tuple[float, str]:
-    """Median over the rounds of how many times as fast, and the text with the range."""
-    times = [a / b for a, b in zip(own["rate"], other["rate"])]
-    middle = statistics.median(times)
-    return middle, f"{middle:.2f} x ({min(times):.2f} to {max(times):.2f})"
-
-
-def compare(args, size, rows, device="cpu"):
-    """Measure rows, report each beside the first, and the share of the proof."""
-    options = {"folder": args.folder, "data": make_data(args.folder, args.steps + WARM + 1, size),
-               "size": size, "device": device}
-    rows = [row for row in rows if row.who != "transformers" or find_spec("peft")]
-    kind = lambda row: (ours, {"flags": row.flags}) if row.who == "ours" else \
-        (rival, {"library": row.who})
-    results = measure(args, {row.name: (kind(row)[0], options | kind(row)[1] |
-                                        {"policy": row.policy}) for row in rows})
+def compare(args, rows, size=8, device="cpu") -> None:
+    """Measure the rows in rounds, and report each beside the first."""
+    data = make_data(args.folder, args.steps + WARM, size)
+    common, rounds = {"folder": args.folder, "data": data, "size": size, "device": device}, []
+    if not find_spec("peft"):  # it needs transformers
+        rows = [row for row in rows if "transformers" not in row.options.values()]
+    for i in range(args.rounds):  # every other one backwards
+        rounds.append({row.name: once(row.function, args.steps, **common | row.options)
+                       for row in rows[::-1 if i % 2 else 1]})
     for row in rows:
-        own, least = results[row.name], row.least[not args.strong] if row.least else 0
-        times, text = ratio(own, results[rows[0].name])
-        target = [f"{least} x"] * bool(least) + [f"{row.most} GiB"] * bool(row.most)
-        met = times >= least and max(own["peak"]) <= (row.most or 1e9) * 2**30 if target else None
-        report(f"{row.name}, {device}, batches of {size}", f"{text} {rows[0].name}", own,
-               ", ".join(target), met)
-    for row in rows[:2]:
-        if row.name.startswith("full"):
-            own = results[row.name]
-            share = statistics.median(p / (p + 234 * s) for p, s in zip(own["proof"], own["step"]))
-            report("proof, of two epochs of the book", f"{share:.2%}", target="1 %", met=share < 0.01)
+        own, first = ([figures[name] for figures in rounds] for name in (row.name, rows[0].name))
+        ratios = [a["rate"] / b["rate"] for a, b in zip(own, first)]
+        times, peak = statistics.median(ratios), max(f["peak"] for f in own) / 2**30
+        proof = max(f.get("proof", 0) / f["step"] / BOOK_STEPS for f in own)
+        least, most = row.least[not args.strong] if row.least else 0, row.most or math.inf
+        target = [f"{least} x"] * bool(row.least) + [f"{most} GiB"] * bool(row.most)
+        report(f"{row.name}, {device} {size}",
+               f"{times:.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
+               f"{statistics.median(f['rate'] for f in own):,.0f}", f"{peak:.2f}",
+               f"{proof:.2%}" if proof else "", ", ".join(target),
+               MET[times >= least and peak <= most] if target else "")
 
 
-def bench_generation(args):
-    """110 answers of 32 ids each."""
-    options = {"folder": args.folder, "data": make_data(args.folder, 1, 8)}
-    hows = ["ours", *["transformers"] * bool(find_spec("transformers"))]
-    results = measure(args, {how: (generation, options | {"how": how}) for how in hows})
-    times, text = ratio(results["ours"], results[hows[-1]])
-    report("generation, 110 prompts", f"{text} {hows[-1]}", results["ours"], "2.5 x", times >= 2.5)
-
-
-def bench_tiny(args):
-    """Start to the first step, and the default run."""
+def bench_tiny(args) -> None:
+    """The embedded model: start to first step, as a whole process, and the default run."""
     with tempfile.TemporaryDirectory() as folder:
-        run = lambda script, *flags: subprocess.run(
-            [sys.executable, ROOT / script, *flags], check=True, stdout=subprocess.DEVNULL)
-        began = time.perf_counter()
-        run("finetune.py", "--out", f"{folder}/short", "--max-steps", "1", "--no-responses")
-        report("tiny: one step, whole process", f"{time.perf_counter() - began:.1f} s", target="4 s")
+        def seconds(script, *argv):
+            began = time.perf_counter()
+            subprocess.run([sys.executable, ROOT / script, *argv], check=True, stdout=sys.stderr)
+            return time.perf_counter() - began
+
+        one_step = "--max-steps", "1", "--no-responses"
+        start = min(seconds("finetune.py", "--out", f"{folder}/{i}", *one_step) for i in range(3))
+        report("tiny, one step", f"{start:.1f} s", "", "", "", "4 s", MET[start < 4])
+        flags = ["--max-steps", "20"] if args.quick else []
+        taken = seconds("finetune.py", "--out", f"{folder}/run", *flags)
+        seconds("evaluate.py", f"{folder}/run")
+        scores = json.loads(Path(folder, "run", "scores.json").read_text())
+        scores = scores.get(f"{folder}/run", scores)
+        exact, lost = scores["exact_match"], scores["forgetting"]
+        report("tiny, default run", f"{taken:.0f} s, {exact:.1%} exact, forgets {lost:.2f} nats",
+               "", "", "", "60 s, 96 %, 0.4", MET[taken < 60 and exact >= 0.96 and lost < 0.4])
+
+
+def bench_gpu(args) -> None:
+    """GPT-2 medium's shape on a GPU, beside transformers and PEFT."""
+    with tempfile.TemporaryDirectory() as args.folder:
+        if args.gpu:
+            once(write_model, args.folder, min(args.layers * 2, 24), 16, 1024)
+            rate = once(products, 1024, 64, args.gpu)["bf16"]
+            report("products, bf16, batches of 64", f"{rate / 1e12:,.0f} TFLOP/s")
+        for size, rows in GPU:
+            if args.gpu:
+                compare(args, rows, size, args.gpu)
+            for row in [] if args.gpu else rows:
+                report(f"{row.name}, gpu {size}", "not measured here: no GPU")
+
+
+def parse_args():
+    """The flags."""
+    parser = argparse.ArgumentParser(description="Speed and memory as a Markdown table.")
+    parser.add_argument("--only", default=",".join([*CPU, "tiny", "gpu"]), help="of %(default)s")
+    parser.add_argument("--ablate", nargs="?", const=",".join(REMEDIES), metavar="NAMES",
+                        help=f"with and without each remedy: {', '.join(REMEDIES)}")
+    parser.add_argument("--steps", type=int, default=12, help="measured, in a round")
+    parser.add_argument("--rounds", type=int, default=3, help="in which the variants take turns")
+    parser.add_argument("--layers", type=int, default=12, help="fewer: a test of this file")
+    parser.add_argument("--quick", action="store_true", help="two steps, one round")
+    parser.add_argument("--gpu", help=argparse.SUPPRESS)  # a device for its rows: cpu tests them
+    args = parser.parse_args()
+    if args.quick:
+        args.steps, args.rounds = 2, 1
+    return args
+
+
+def main() -> None:
+    """Print the table."""
+    args = parse_args()
+    with tempfile.TemporaryDirectory() as args.folder:
+        machine = once(write_model, args.folder, args.layers, 12, 768)
+        args.gpu = args.gpu or machine["gpu"] and "cuda"
+        rates = once(products, 768, 8, "cpu")
+        args.strong = rates.get("oneDNN", 0) > 1.75 * rates["MKL"]
+        cpu = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
+        print(f"{time.strftime('%F')}, {cpu[1]}, {machine['threads']} threads, {machine['gpu']} "
+              f"torch {machine['torch']}; GPT-2 of {args.layers} blocks; GFLOP/s of products:",
+              ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in rates.items()),
+              f"(oneDNN {'is' if args.strong else 'is not'} twice as fast: targets are for that)\n")
+        report(*HEAD)
+        report(*["---"] * len(HEAD))
+        for remedy in args.ablate.split(",") if args.ablate else []:
+            function, options, *otherwise = REMEDIES[remedy]
+            without = options | dict(*otherwise or [{"without": remedy.partition("-")[0]}])
+            compare(args, [Row(f"without {remedy}", function, without),
+                           Row(f"with {remedy}", function, options)])
+        for name in args.only.split(",") if not args.ablate else []:
+            {"tiny": bench_tiny, "gpu": bench_gpu}.get(name, compare)(
+                *[args, CPU[name]] if name in CPU else [args])
+
+
+if __name__ == "__main__":
+    main()

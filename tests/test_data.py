@@ -30,22 +30,18 @@ TEXTS = ["", " ", "hello hello", "a\r\nb\n\n\n", "it's 1234567", "naïve 東京 
 
 def byte_vocab(merges=()):
     """Ids are byte values, then what the merges make, then the end token."""
-    vocab = {char: byte for char, byte in data.CHAR_TO_BYTE.items()}
-    vocab |= {a + b: 256 + n for n, (a, b) in enumerate(merges)}
+    vocab = data.CHAR_TO_BYTE | {a + b: 256 + n for n, (a, b) in enumerate(merges)}
     return vocab | {EOT: len(vocab)}
 
 
 def write_tokenizer(folder, vocab, merges):
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps(vocab))
+    write(folder / "vocab.json", vocab)
     lines = ["#version: 0.2", *(" ".join(merge) for merge in merges), ""]
-    (folder / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
-    return folder
+    return write(folder / "merges.txt", "\n".join(lines)).parent
 
 
 @pytest.fixture(scope="session")
-def tokenizer(tmp_path_factory):
-    """Bytes alone: a text's ids are its UTF-8 bytes, 256 ends it."""
+def tokenizer(tmp_path_factory):  # of bytes alone: ids are the UTF-8 bytes, and 256 ends a text
     return load_tokenizer(write_tokenizer(tmp_path_factory.mktemp("bytes"), byte_vocab(), []))
 
 
@@ -67,12 +63,9 @@ HUMAN, GPT = {"from": "human", "value": "Add."}, {"from": "gpt", "value": "2"}
 ADD = {"instruction": "Add.", "input": "", "output": "2"}
 BRIEF = ADD | {"instruction": "Be brief.\n\nAdd."}
 PAIR = {"instruction": "Add.", "output": "2"}
-
 ACCEPTED = [
     (PAIR, ADD),
     (PAIR | {"input": "1 1"}, ADD | {"input": "1 1"}),
-    (PAIR | {"input": None}, ADD),
-    (PAIR | {"input": " "}, ADD),
     ({"prompt": "Add.", "completion": "2"}, ADD),
     ({"question": "Add.", "answer": "2", "id": 7}, ADD | {"id": 7}),
     ({"messages": [USER, REPLY], "source": "x"}, ADD | {"source": "x"}),
@@ -118,12 +111,9 @@ REFUSED = [
     ({"messages": [USER, REPLY | {"tool_calls": [{"id": 1}]}]}, "tool_calls is not read"),
     *[(PAIR | {name: False}, "not to be learned") for name in ("label", *data.MARKS)],
     ({"messages": [USER, REPLY | {"weight": 0}]}, "not to be learned"),
-    ({"messages": [USER, REPLY | {"loss_mask": 0.0}]}, "not to be learned"),
     ({"conversations": [HUMAN, GPT | {"train": False}]}, "not to be learned"),
     (PAIR | {"output": "half \ud83d"}, "surrogates"),
     ({"messages": [USER, REPLY] * 2}, "messages of user, assistant, user, assistant; split"),
-    ({"messages": [REPLY, USER]}, "messages of assistant, user"),
-    ({"messages": [USER, SYSTEM, REPLY]}, "messages of user, system, assistant"),
     ({"messages": [USER, {"role": "tool", "content": "x"}, REPLY]}, "tool"),
     ({"messages": "hello"}, "list of objects"),
     ({"messages": [USER, REPLY | {"content": None}]}, "as ['assistant message']"),
@@ -147,7 +137,7 @@ def test_a_record_that_cannot_be_used_is_refused_by_file_record_and_line(tmp_pat
 
 def test_all_bad_records_are_counted_and_the_first_three_named(tmp_path):
     rows = [PAIR | {"output": output} for output in (None, "", float("nan"), " ", "fine", None)]
-    with pytest.raises(ValueError, match="5 of 6 .*: record 1 .*record 2 .*record 3 (?!.*record 4)"):
+    with pytest.raises(ValueError, match="5 of 6 .*record 1 .*record 2 .*record 3 (?!.*record 4)"):
         load_examples(write(tmp_path / "r.json", rows))
 
 
@@ -162,16 +152,13 @@ def test_lines_may_have_a_byte_order_mark_windows_ends_blanks_and_odd_separators
 
 
 @pytest.mark.parametrize("content, needle", [
-    (b"", "empty"),
-    (b"[]", "0 of 0 records"),
+    (b"", "empty"), (b"[]", "0 of 0 records"),
     (b"\x1f\x8b\x08", "is gzip"), (b"\xfd7zXZ\0", "is xz"),
     (b"\x28\xb5\x2f\xfd\x04", "is zstd"), (b"BZh91AY", "is bzip2"),
     (b"PK\x03\x04\x14", "is zip or xlsx"), (b"PAR1\x15", "is parquet"),
     (b"ARROW1\0\0", "is arrow"), (b"\xff\xff\xff\xff\x78", "is arrow"),
-    ('[{"a": 1}]'.encode("utf-16"), "is UTF-16"),
+    ("[]".encode("utf-16"), "is UTF-16"), (b"\n\n  <html>", "is a web page"),
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
-    (b"<!DOCTYPE html><html>", "is a web page"),
-    (b"\n\n  <html>", "is a web page"),
     (b"instruction,output\na,b\n", "csv or text; needed is UTF-8 JSON"),
     (b'[{"instruction": "a", "output": "b"}, {"instr', "line 1: not JSON"),
     (b'[{"instruction": "a\xe9", "output": "b"}]', "not JSON ('utf-8' codec"),
@@ -221,8 +208,7 @@ def test_a_users_file_is_shuffled_so_that_each_kind_is_in_each_part(tmp_path):
     assert all({r["task"] for r in part} == {0, 1, 2, 3} for part in (parts.train, parts.test))
     assert [sorted_by_kind[i] for i in parts.positions] == parts.train
     assert parts.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-    shutil.copy(path, tmp_path / "other name.json")
-    assert load_parts(tmp_path / "other name.json") == parts
+    assert load_parts(shutil.copy(path, tmp_path / "other name.json")) == parts
     assert load_examples(path) == sorted_by_kind
     assert load_parts(path, split="file order").train == sorted_by_kind[:340]
     assert load_parts(path, split="folder") == load_parts(path, split="shuffled") == parts
@@ -253,7 +239,6 @@ def test_the_notes_name_unused_fields_and_count_test_prompts_of_the_training_par
     assert load_parts(write(tmp_path / "r.json", rows), split="file order").notes == [
         "fields that nothing uses: name, source",
         "1 of 2 test prompts also stand in the training part"]
-    assert load_parts(write(tmp_path / "r.json", records(20))).notes == []
 
 
 def test_the_embedded_data_keep_their_order_and_load_from_any_folder(tmp_path, monkeypatch):
@@ -261,7 +246,6 @@ def test_the_embedded_data_keep_their_order_and_load_from_any_folder(tmp_path, m
     parts = load_parts("tiny")
     stored = json.loads((ROOT / "tiny" / "instructions.json").read_bytes())
     assert (parts.split, parts.notes) == ("file order", []) and parts.train == stored[:3825]
-    assert {"task", "level"} <= parts.train[0].keys()
     if SHARED.is_dir():
         book = load_parts(SHARED / "instruction-data.json", split="file order")
         assert [len(part) for part in (book.train, book.val, book.test)] == [935, 55, 110]
@@ -269,8 +253,7 @@ def test_the_embedded_data_keep_their_order_and_load_from_any_folder(tmp_path, m
 
 
 @pytest.fixture
-def server(tmp_path, monkeypatch):
-    """A server of the two published sets in small, and an empty cache; its folder."""
+def server(tmp_path, monkeypatch):  # of the two published sets in small, and an empty cache
     folder = tmp_path / "server"
     rows = [r | {"output": "" if i in (2, 5) else r["output"]} for i, r in enumerate(records(20))]
     alpaca = write(folder / data.DATASETS["alpaca"][0], rows)
@@ -278,7 +261,6 @@ def server(tmp_path, monkeypatch):
     sha256 = hashlib.sha256(book.read_bytes()).hexdigest()
     monkeypatch.setitem(data.DATASETS, "book", (data.DATASETS["book"][0], sha256))
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
-    monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "log_message", lambda *_: None)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
         monkeypatch.setenv("DATA_ENDPOINT", f"http://127.0.0.1:{running.server_port}")
@@ -298,8 +280,8 @@ def test_published_sets_are_fetched_once_and_keep_their_order(server, tmp_path):
         assert (folder / name).read_bytes() == published.read_bytes()
         published.unlink()
     assert load_examples("book") == records(5) and load_parts("alpaca") == alpaca
-    with pytest.raises(ValueError, match="2 of 20 records are bad"):
-        load_parts(folder / "alpaca.json")  # a user's own file is never cut
+    with pytest.raises(ValueError, match="2 of 20 records are bad"):  # a user's file is never cut
+        load_parts(folder / "alpaca.json")
 
 
 def test_what_cannot_be_fetched_leaves_nothing_and_is_named(server, tmp_path, monkeypatch):
@@ -317,11 +299,11 @@ def test_what_cannot_be_fetched_leaves_nothing_and_is_named(server, tmp_path, mo
 
 WITH_INPUT = {"instruction": "Do {input}.", "input": "{x} %s", "output": "No."}
 NO_INPUT = {"instruction": "Do.", "input": "", "output": "No."}
-PREAMBLE = ("Below is an instruction that describes a task. Write a response that appropriately "
-            "completes the request.\n\n### Instruction:\n")
+BELOW = ("Below is an instruction that describes a task. Write a response that appropriately "
+         "completes the request.\n\n### Instruction:\n")
 PROMPTS = {
-    "alpaca": (PREAMBLE + "Do {input}.\n\n### Input:\n{x} %s\n\n### Response:\n",
-               PREAMBLE + "Do.\n\n### Response:\n"),
+    "alpaca": (BELOW + "Do {input}.\n\n### Input:\n{x} %s\n\n### Response:\n",
+               BELOW + "Do.\n\n### Response:\n"),
     "phi3": ("<|user|>\nDo {input}.\n{x} %s\n<|assistant|>:\n", "<|user|>\nDo.\n<|assistant|>:\n"),
     "chatml": ("<|im_start|>user\nDo {input}.\n{x} %s<|im_end|>\n<|im_start|>assistant\n",
                "<|im_start|>user\nDo.<|im_end|>\n<|im_start|>assistant\n"),
@@ -404,14 +386,12 @@ def test_batches_with_the_loss_on_all_are_the_books(tokenizer):
 
 def test_batches_hold_every_index_once_and_depend_on_seed_and_epoch_alone():
     lengths = [i * 37 % 50 + 2 for i in range(83)]
-    state = data.random.getstate(), torch.get_rng_state()
+    state = data.random.getstate()
     first = batches(lengths, 8, 123, 0)
-    assert data.random.getstate() == state[0] and torch.equal(torch.get_rng_state(), state[1])
-    assert batches(lengths, 8, 123, 0) == first
+    assert data.random.getstate() == state and batches(lengths, 8, 123, 0) == first
     assert sorted(sum(first, [])) == list(range(83))
     assert sorted(map(len, first)) == [3] + [8] * 10
     for other in (batches(lengths, 8, 123, 1), batches(lengths, 8, 124, 0)):
-        assert other != first and len(other) == len(first)
         assert {frozenset(b) for b in other} != {frozenset(b) for b in first}  # the members too
     assert sorted(map(len, batches(lengths[:80], 8, 0, 0))) == [8] * 10
     assert batches([], 8, 0, 0) == []
@@ -419,8 +399,7 @@ def test_batches_hold_every_index_once_and_depend_on_seed_and_epoch_alone():
     lengths = list(range(2, 402))  # similar lengths together, neither shortest nor longest first
     drawn = batches(lengths, 8, 123, 0)
     assert all(max(batch) - min(batch) == len(batch) - 1 for batch in drawn)
-    rises = sum(a[0] < b[0] for a, b in zip(drawn, drawn[1:]))
-    assert 10 < rises < 40
+    assert 10 < sum(a[0] < b[0] for a, b in zip(drawn, drawn[1:])) < 40
     places = {[len(b) for b in sorted(batches(lengths[:-3], 8, 123, e))].index(5) for e in range(9)}
     assert len(places) > 3  # the batch that is not full shifts the cuts
 
@@ -456,9 +435,8 @@ def test_a_folder_makes_the_merges_it_names_and_tokenizer_json_goes_first(tmp_pa
 
 GOOD_MERGES = [("h", "e"), ("Ġ", "he")]
 GOOD = byte_vocab(GOOD_MERGES)
-CUT = spec(GOOD, GOOD_MERGES)["pre_tokenizer"]
-ORDINARY = [{"id": 258, "content": EOT, "special": True},
-            {"id": 259, "content": "<think>", "special": False}]
+CUT, ADDED = (spec(GOOD, GOOD_MERGES)[key] for key in ("pre_tokenizer", "added_tokens"))
+ORDINARY = {"id": 259, "content": "<think>", "special": False}
 BROKEN_TOKENIZERS = {
     "a byte is missing": (byte_vocab(GOOD_MERGES[:1]) | {"q": 256, "he": 113}, GOOD_MERGES[:1]),
     "two tokens have one id": (GOOD | {"he": 104}, GOOD_MERGES),
@@ -473,16 +451,14 @@ BROKEN_SPECS = {
     "another one": {"pre_tokenizer": CUT | {"type": "Whitespace"}},
     "a prefix space": {"pre_tokenizer": CUT | {"add_prefix_space": True}},
     "no end token there": {"added_tokens": []},
-    "an ordinary token, <think>": {"added_tokens": ORDINARY},
+    "an ordinary token, <think>": {"added_tokens": [*ADDED, ORDINARY]},
 }
 
 
 @pytest.mark.parametrize("case", [*BROKEN_TOKENIZERS, *BROKEN_SPECS])
 def test_a_tokenizer_that_tiktoken_would_take_otherwise_is_refused(tmp_path, monkeypatch, case):
-    vocab, merges = BROKEN_TOKENIZERS.get(case, (GOOD, GOOD_MERGES))
-    write_tokenizer(tmp_path, GOOD, GOOD_MERGES)
-    load_tokenizer(tmp_path)
-    write_tokenizer(tmp_path, vocab, merges)
+    load_tokenizer(write_tokenizer(tmp_path, GOOD, GOOD_MERGES))
+    write_tokenizer(tmp_path, *BROKEN_TOKENIZERS.get(case, (GOOD, GOOD_MERGES)))
     if case in BROKEN_SPECS:
         write(tmp_path / "tokenizer.json", spec(GOOD, GOOD_MERGES, **BROKEN_SPECS[case]))
     monkeypatch.setattr(tiktoken, "Encoding", lambda *a, **k: pytest.fail("tiktoken saw it"))
@@ -515,8 +491,7 @@ def test_ids_equal_those_of_transformers_gpt2_tokenizer_and_its_saved_files_load
     theirs = transformers.GPT2Tokenizer.from_pretrained(SHARED / "gpt2")
     assert (theirs.eos_token_id, len(theirs)) == (gpt2.eot_token, gpt2.n_vocab) == (50256, 50257)
     book = load_examples(SHARED / "instruction-data.json")[:200]
-    texts = [format_prompt(example) + example["output"] for example in book]
-    for text in texts + [text for text in TEXTS if EOT not in text]:
+    for text in [format_prompt(e) + e["output"] for e in book] + [t for t in TEXTS if EOT not in t]:
         assert gpt2.encode_ordinary(text) == theirs(text)["input_ids"]
         assert gpt2.decode(gpt2.encode_ordinary(text)) == text
     theirs.save_pretrained(tmp_path)
@@ -569,7 +544,7 @@ def test_what_is_wrong_is_one_line_and_1_for_data_2_for_flags(here, capsys, flag
 
 
 def test_copied_alone_the_script_says_that_the_embedded_data_are_not_there(tmp_path):
-    shutil.copy(ROOT / "data.py", tmp_path)
-    done = subprocess.run([sys.executable, "-I", tmp_path / "data.py"], capture_output=True, text=True)
+    command = [sys.executable, "-I", shutil.copy(ROOT / "data.py", tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
     assert "instructions.json" in done.stderr

@@ -40,17 +40,10 @@ def world(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def settings_of_torch():
-    """A run sets some of the process, for good."""
-    precision, flash = MATMUL.fp32_precision, torch.backends.cuda.flash_sdp_enabled()
-    yield
-    MATMUL.fp32_precision = precision
-    torch.backends.cuda.enable_flash_sdp(flash)
-
-
 def run(world, out, *flags):
     """The exit code of a run that answers nothing, unless `flags` hold "answers"."""
+    torch.backends.cuda.enable_flash_sdp(True)  # what a run sets is not for the next one
+    MATMUL.fp32_precision = "none"
     quiet = [] if "answers" in flags else ["--no-responses"]
     flags = ["--model", world / "model", "--data", world / "records.json", "--out", out, "--lr",
              1e-3, "--batch-size", 8, "--device", "cpu", *quiet, *flags]

@@ -192,7 +192,10 @@ def test_a_batch_gives_what_each_prompt_gives_alone_up_to_its_eos_or_a_full_bloc
 def watch(model):
     """A list of the numbers of tokens that the model is given, call by call."""
     counts = []
-    model.wte.register_forward_hook(lambda module, args, output: counts.append(args[0].numel()))
+    def hook(module, args, output):
+        counts.append(args[0].numel())
+        assert not output.requires_grad  # nothing is kept for a backward pass
+    model.wte.register_forward_hook(hook)
     return counts
 
 
@@ -311,6 +314,7 @@ def test_saving_and_loading_gives_the_same_model_without_torchs_compiler(model, 
         GPT(gpt.replace(SMALL, dropout=0.3)).save_pretrained(folder, eos_id=given)
         config = json.loads((folder / "config.json").read_text())
         assert config["eos_token_id"] == config["bos_token_id"] == written
+        assert config["model_type"] == "gpt2" and config["architectures"] == ["GPT2LMHeadModel"]
         assert {config[key] for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop")} == {0.3}
     code = f"import gpt, sys; gpt.GPT.from_pretrained({str(folder)!r}); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

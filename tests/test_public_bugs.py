@@ -1,11 +1,9 @@
 """Public bugs in which a freeze, an adapter or a data setting was silently not honoured.
 
-Each is planted in a few lines: in a training script with finetune.py's checks (`Run`), which passes
-without the bug, or at the function that refuses it or does it right. tests/README.md has the table
-of all of them, with links; the bug numbers are its.
+Each is planted in a training script with finetune.py's checks (`Run`), which passes without the
+bug, or at the function that refuses it or does it right. tests/README.md has the table, with links.
 """
 
-import hashlib
 import json
 import re
 from pathlib import Path
@@ -18,16 +16,12 @@ from torch.optim import AdamW
 from torch.utils.checkpoint import checkpoint
 
 from data import TEMPLATES, encode_example, encode_examples, load_parts, load_tokenizer
-from evaluate import parse_score
 from freeze import FreezeError, freeze, resolve, schedule
 from gpt import GPT, GPTConfig, model_folder
 from lora import LoRALinear, add_lora, merge_lora
 
-README = (Path(__file__).parent / "README.md").read_text()
-
 
 def small(*lora, **config):
-    """A random GPT-2 of three blocks, with adapters of these names."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=61, block_size=24, n_layer=3, n_head=2, n_embd=16, **config))
     for name in lora:
@@ -48,8 +42,8 @@ class Run:
 
     def check(self, name, *more):
         if name not in self.without:
-            optimizer = name == "check_optimizer"
-            getattr(self.plan, name)(self.optimizer if optimizer else self.model, *more)
+            argument = self.optimizer if name == "check_optimizer" else self.model
+            getattr(self.plan, name)(argument, *more)
 
     def prove(self):
         """Train, with the checks where finetune.py has them."""
@@ -86,11 +80,8 @@ def same_optimizer_in_all_spans(run):  # of what has the flag when it is built, 
 
 
 def state_of_all_that_ever_trained(run):
-    def keep():
-        fresh = AdamW(run.plan.parameters(), lr=1e-2)
-        fresh.state.update(run.optimizer.state)
-        return fresh
-    run.optimizer_over = keep
+    fresh = run.optimizer_over
+    run.optimizer_over = lambda: [o := fresh(), o.state.update(run.optimizer.state)][0]
 
 
 def zero_in_a_hook(run):
@@ -122,55 +113,49 @@ def normalize_with_batch_statistics(run):
 LORA, LISA = {"policy": "lora", "lora": ["default"]}, {"policy": "lisa:1@4"}
 TWO, FLAG = {"policy": "*.task*", "lora": ["style", "task"]}, "requires_grad is not as planned: "
 OBJECT = "added, removed or replaced: "
+M, O, G, U = "check_model", "check_optimizer", "check_gradients", "check_unchanged"
 CAUGHT = [  # bug, the check that catches it, what it says, arguments of Run, the deed
-    ("B5", "check_optimizer", "holds what does not train", {},
+    ("B5", O, "holds what does not train", {},
      lambda run: setattr(run, "optimizer", AdamW(run.model.parameters()))),
-    ("B7", "check_model", FLAG + "h.0.attn.c_attn.bias is True", LORA,
+    ("B7", M, FLAG + "h.0.attn.c_attn.bias is True", LORA,
      lambda run: run.model.requires_grad_(True)),
     ("B8", "resume", "the checkpoint trained 'lora', here 'all'", LORA | {"policy": "all"},
      lambda run: setattr(run, "proof", freeze(small("default"), "lora").proof)),
-    ("B9", "check_model", OBJECT + "h.0.attn", LORA,
-     lambda run: setattr(run, "model", small("default"))),
-    ("B10", "check_model", OBJECT + "h.0.attn.c_attn.lora_A.default;", LORA,
+    ("B9", M, OBJECT + "h.0.attn", LORA, lambda run: setattr(run, "model", small("default"))),
+    ("B10", M, OBJECT + "h.0.attn.c_attn.lora_A.default;", LORA,
      lambda run: run.model.h[0].attn.c_attn.lora_A.update(
          {"default": nn.Parameter(torch.ones(2, 16), False)})),
-    ("B11", "check_model", FLAG + ".*lora_A.style is True", TWO,
+    ("B11", M, FLAG + ".*lora_A.style is True", TWO,
      lambda run: [p.requires_grad_() for p in matrices(run, "style")]),
-    ("B12", "check_model", FLAG + ".*A.style is True, .*A.task is False", TWO, lambda run: [
+    ("B12", M, FLAG + ".*lora_A.style is True, .*lora_A.task is False", TWO, lambda run: [
         p.requires_grad_(n == "style") for n in ("style", "task") for p in matrices(run, n)]),
-    ("B13", "check_model", OBJECT + "lm_head.weight, wte.weight|" + OBJECT + "wte.weight", {},
+    ("B13", M, OBJECT + "wte.weight", {},
      lambda run: setattr(run.model, "wte", nn.Embedding(64, 16))),
-    ("B16", "check_model", FLAG + "h.2.attn.c_attn.bias is False", {},
+    ("B16", M, FLAG + "h.2.attn.c_attn.bias is False", {},
      lambda run: run.model.h[2].requires_grad_(False)),
-    ("B17", "check_unchanged", "frozen, but changed: h.0.attn.c_attn.weight",
-     {"without": ["check_model", "check_optimizer", "check_gradients"]}, zero_in_a_hook),
-    ("B18", "check_model", OBJECT + "ln_f.weight;", {"policy": "embeddings"}, lambda run: setattr(
+    ("B17", U, "frozen, but changed: h.0.attn.c_attn.w", {"without": [M, O, G]}, zero_in_a_hook),
+    ("B18", M, OBJECT + "ln_f.weight;", {"policy": "embeddings"}, lambda run: setattr(
         run.model.ln_f, "weight", nn.Parameter(run.model.ln_f.weight.detach()))),
-    ("B19", "check_optimizer", "holds what does not train.*: h", LISA, same_optimizer_in_all_spans),
-    ("B20", "check_unchanged", "should have trained, but did not change: h",
-     LISA | {"without": ["check_optimizer"]}, same_optimizer_in_all_spans),
-    ("B21", "check_optimizer", "has state of what does not train: h", LISA,
-     state_of_all_that_ever_trained),
-    ("B22", "check_gradients", "no gradient: h.0", LORA | {"policy": "lora,ln_f.*"},
-     checkpoint_reentrantly),
-    ("B23", "check_optimizer", "lacks what should train", LORA,
+    ("B19", O, "holds what does not train.*: h", LISA, same_optimizer_in_all_spans),
+    ("B20", U, "should have trained, but did not change: h", LISA | {"without": [O]},
+     same_optimizer_in_all_spans),
+    ("B21", O, "has state of what does not train: h", LISA, state_of_all_that_ever_trained),
+    ("B22", G, "no gradient: h.0", LORA | {"policy": "lora,ln_f.*"}, checkpoint_reentrantly),
+    ("B23", O, "lacks what should train", LORA,
      lambda run: run.optimizer.param_groups[0]["params"].clear()),
-    ("B24", "check_model", FLAG + ".*lora_A.default is False", LORA,
+    ("B24", M, FLAG + ".*lora_A.default is False", LORA,
      lambda run: run.model.requires_grad_(False)),
-    ("B27", "check_gradients", "no gradient: h.1.mlp.c_fc.lora_A.default", LORA, cut_the_graph),
-    ("B29", "check_model", OBJECT + "0.h.0", {},
-     lambda run: setattr(run, "model", nn.Sequential(run.model))),
-    ("B30", "check_gradients", "frozen, but with a gradient where None belongs: h.0", {},
+    ("B27", G, "no gradient: h.1.mlp.c_fc.lora_A.default", LORA, cut_the_graph),
+    ("B29", M, OBJECT + "0.h.0", {}, lambda run: setattr(run, "model", nn.Sequential(run.model))),
+    ("B30", G, "frozen, but with a gradient where None belongs: h.0", {},
      lambda run: setattr(run, "clear", lambda: [
          setattr(p, "grad", torch.zeros_like(p)) for p in run.model.parameters()])),
-    ("B30", "check_unchanged", "frozen, but changed: h.0.*weight", {},
-     lambda run: setattr(run, "step", lambda: [
-         p.data.mul_(0.999) for p in run.model.parameters()])),
-    ("B35", "check_model", "in train mode: drop, h.0.attn, .*; call plan.set_modes",
-     {"dropout": 0.1}, lambda run: setattr(run, "rest", lambda: None)),
-    ("B35", "check_model", "in train mode: h.0.norm;", {}, normalize_with_batch_statistics),
-    ("B35", "check_gradients", "buffers changed: h.0.norm", {"without": ["check_model"]},
-     normalize_with_batch_statistics),
+    ("B30", U, "frozen, but changed: h.0.*weight", {}, lambda run: setattr(
+        run, "step", lambda: [p.data.mul_(0.999) for p in run.model.parameters()])),
+    ("B35", M, "in train mode: drop, h.0.attn, .*; call plan.set_modes", {"dropout": 0.1},
+     lambda run: setattr(run, "rest", lambda: None)),
+    ("B35", M, "in train mode: h.0.norm;", {}, normalize_with_batch_statistics),
+    ("B35", G, "buffers changed: h.0.norm", {"without": [M]}, normalize_with_batch_statistics),
 ]
 
 
@@ -203,17 +188,13 @@ def test_a_public_bug_is_refused_before_anything_trains(bug, says, plant):
         plant()
 
 
-def test_B3_a_data_set_is_known_by_its_rows_and_digest_and_never_by_another_ones_file(
-        tmp_path, monkeypatch):
-    folder = tmp_path / "gpt2-finetune" / "data"
-    folder.mkdir(parents=True)
-    records = [{"instruction": "Say it.", "output": "It."}] * 40
-    (folder / "book.json").write_text(json.dumps(records))
+def test_B3_a_data_set_is_never_read_from_the_file_of_another(tmp_path, monkeypatch):
+    file = tmp_path / "gpt2-finetune" / "data" / "book.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps([{"instruction": "Say it.", "output": "It."}] * 40))
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     monkeypatch.setenv("DATA_ENDPOINT", "http://127.0.0.1:9")
-    parts = load_parts("book")
-    digest = hashlib.sha256((folder / "book.json").read_bytes()).hexdigest()
-    assert (parts.rows, parts.sha256) == (40, digest)  # both stand in run.json
+    assert load_parts("book").rows == 40  # stands in run.json
     with pytest.raises(OSError, match="127.0.0.1:9"):
         load_parts("alpaca")
 
@@ -229,15 +210,10 @@ def test_B2_B4_every_layer_gets_the_asked_lora_whose_delta_is_alpha_over_r_times
         torch.testing.assert_close(layer(x) - before, scale * x @ A.T @ B.T)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_B6_lora_has_its_closed_form_count_without_the_head(tied):
-    model = small("default", tie_word_embeddings=tied)
+def test_B6_lora_has_its_closed_form_count_without_the_head():
+    model = small("default", tie_word_embeddings=False)
     count = sum(model.get_parameter(name).numel() for name in resolve(model, "lora"))
     assert count == 3 * 2 * ((16 + 48) + (16 + 16) + (16 + 64) + (64 + 16))
-
-
-def test_B31_a_reply_that_holds_no_score_is_none_and_not_a_number():
-    assert parse_score("I would rather not say.") is None and parse_score("[[85]]") == 85
 
 
 def test_B34_merging_keeps_the_function_and_happens_once():
@@ -249,18 +225,16 @@ def test_B34_merging_keeps_the_function_and_happens_once():
     adapted = model(ids)
     merge_lora(model)
     torch.testing.assert_close(model.eval()(ids), adapted)
-    assert not torch.allclose(plain, adapted)
-    assert not any("lora" in n for n, _ in model.named_parameters())
+    assert not torch.allclose(plain, adapted) and "lora" not in str(model.state_dict().keys())
     with pytest.raises(ValueError, match="no adapter 'default'"):
         merge_lora(model)
 
 
 def test_B37_targets_are_the_response_and_the_end_by_construction():
     tokenizer = load_tokenizer(model_folder("tiny"))
-    for template in TEMPLATES:
-        for output in ("\n\nYes.", ":", " no ", "### Response:\n"):
-            example = {"instruction": "Answer \n", "input": "", "output": output}
-            encoded = encode_example(example, tokenizer, template)
+    for output in ("\n\nYes.", ":", " no ", "### Response:\n"):
+        example = {"instruction": "Answer \n", "input": "", "output": output}
+        for encoded in (encode_example(example, tokenizer, template) for template in TEMPLATES):
             supervised = encoded.ids[encoded.n_prompt:]
             assert tokenizer.decode(supervised) == output + "<|endoftext|>"
     with pytest.raises(ValueError):  # nothing supervised is left
@@ -268,13 +242,10 @@ def test_B37_targets_are_the_response_and_the_end_by_construction():
 
 
 def test_every_bug_of_the_table_has_a_link_and_a_test():
-    rows = [line.split("|") for line in README.splitlines() if line.startswith("| B")]
-    bugs = {row[1].strip(): row for row in rows}
-    assert [int(bug[1:]) for bug in bugs] == list(range(1, 42))
-    here = Path(__file__).read_text()
-    for bug, (_, _, _, link, check, test, _) in bugs.items():
-        assert "](https://github.com/" in link and check.strip(), bug
-        if "test_public_bugs.py" in test:
-            assert f'("{bug}", ' in here or re.search(rf"def test_(B\d+_)?{bug}_", here), bug
-        else:
-            assert re.search(r"test_\w+\.py|not planted", test), bug
+    here, table = Path(__file__).read_text(), (Path(__file__).parent / "README.md").read_text()
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| B")]
+    assert [row[0] for row in rows] == [f"| B{i}" for i in range(1, 42)]
+    for bug, _, link, _, test in rows:
+        assert "](https://github.com/" in link and re.search(r"test_\w+\.py", test), bug
+        planted = re.search(rf'\("{bug[2:]}", |def test_(B\d+_)?{bug[2:]}_', here)
+        assert bool(planted) == ("test_public_bugs.py" in test), bug
