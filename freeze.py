@@ -42,7 +42,7 @@ class FreezeError(RuntimeError):
 def find_blocks(model: nn.Module) -> list[str]:
     """Names of the blocks, from the input up: the longest list of modules of one class, [] without
     one. ValueError if another list is as long, or of the same class."""
-    lists = []  # those inside the blocks of another do not count
+    lists = []  # not those inside of blocks
     for name, module in model.named_modules():
         listed = isinstance(module, (nn.ModuleList, nn.Sequential)) and list(module.parameters())
         nested = any(f"{name}.".startswith(f"{b}.") for names in lists if names[1:] for b in names)
@@ -99,7 +99,7 @@ def resolve(model: nn.Module, policy: str) -> set[str]:
     """The names, as in model.named_parameters(), that `policy` trains; ValueError if it is wrong.
     Shared memory goes by its first name: `embeddings` trains a tied head, `head` is refused."""
     named, trainable = dict(model.named_parameters(remove_duplicate=False)), set()
-    memory = {n: getattr(p, "_local_tensor", p).data_ptr() or id(p) for n, p in named.items()}
+    memory = {n: p.data_ptr() or id(p) for n, p in named.items()}  # 0: meta, sharded
     first = {memory[n]: n for n in reversed(named)}
     terms = [term.strip() for term in COMMA.split(policy)]
     for term in terms[1:] if terms[0] == "none" else terms:
@@ -120,7 +120,7 @@ def resolve(model: nn.Module, policy: str) -> set[str]:
     return trainable & dict(model.named_parameters()).keys()
 
 
-def schedule(policy, n_blocks, steps, steps_per_epoch, seed) -> list[tuple[int, str]]:
+def schedule(policy: str, n_blocks: int, steps: int, steps_per_epoch: int, seed: int) -> list:
     """Cut a policy that changes with time into static ones: [(first step, policy), ...].
     gradual:K trains the last norm, K blocks from the top, and one more each epoch (ULMFiT, arXiv
     1801.06146); lisa:K@N draws K blocks anew every N steps (LISA, arXiv 2403.17919). ValueError

@@ -82,7 +82,7 @@ ACCEPTED = [
     ({"messages": [USER | {"train": False}, REPLY | {"train": True}]}, ADD | {"train": True}),
     ({"messages": [USER | {"name": "ann"}, REPLY]}, ADD | {"name": "ann"}),
     ({"prompt": None, "completion": None, "question": "Add.", "answer": "2"}, ADD),
-    ({"prompt": "Add.", "completion": "2", "messages": None}, ADD | {"messages": None}),
+    (PAIR | {"conversations": " "}, ADD | {"conversations": " "}),
 ]
 
 
@@ -94,7 +94,6 @@ def test_an_accepted_record_becomes_instruction_input_output_and_its_other_field
 
 REFUSED = [
     ("text", "named fields"),
-    (None, "named fields"),
     ({"instruction": "a"}, "0 texts, not 1, as ['output'"),
     ({"output": "a"}, "0 texts, not 1, as ['instruction'"),
     *[(PAIR | {"output": empty}, "as ['output']") for empty in (None, " \n", float("nan"))],
@@ -109,7 +108,7 @@ REFUSED = [
     *[(PAIR | {name: ["a"]}, f"{name} is not read")
       for name in ("history", "choices", "options", "tools", "images")],
     ({"messages": [USER, REPLY | {"tool_calls": [{"id": 1}]}]}, "tool_calls is not read"),
-    *[(PAIR | {name: False}, "not to be learned") for name in ("label", *data.MARKS)],
+    *[(PAIR | {n: False}, "not to be learned") for n in "label train trainable loss_mask".split()],
     ({"messages": [USER, REPLY | {"weight": 0}]}, "not to be learned"),
     ({"conversations": [HUMAN, GPT | {"train": False}]}, "not to be learned"),
     (PAIR | {"output": "half \ud83d"}, "surrogates"),
@@ -191,12 +190,12 @@ def records(n):
 def test_the_split_is_the_books_in_file_order_or_a_shuffle_by_its_seed():
     numbers = list(range(1100))
     assert split_examples(numbers) == (numbers[:935], numbers[1045:], numbers[935:1045])
-    assert split_examples([0, 1, 2], train=1, test=0) == ([0, 1, 2], [], [])
+    assert split_examples(numbers[:7], train=0.5, test=0.4) == ([0, 1, 2], [5, 6], [3, 4])
     shuffled = split_examples(numbers, shuffle=1)
     assert [len(part) for part in shuffled] == [935, 55, 110]
     assert sorted(sum(shuffled, [])) == numbers == list(range(1100))  # the argument stays as it is
-    assert split_examples(numbers, shuffle=1) == shuffled != split_examples(numbers, shuffle=0)
-    assert split_examples(numbers, shuffle=0) != split_examples(numbers)
+    again, other = (split_examples(numbers, shuffle=seed) for seed in (1, 0))
+    assert again == shuffled and other[0] not in (shuffled[0], numbers[:935])
 
 
 def test_a_users_file_is_shuffled_so_that_each_kind_is_in_each_part(tmp_path):
@@ -234,7 +233,7 @@ def test_the_notes_name_unused_fields_and_count_test_prompts_of_the_training_par
     rows = [r | {"task": "a", "level": 1, "draft": "x", "source": "web", "none": None}
             for r in records(20)]
     rows[18] = rows[18] | {"instruction": "Say 3.", "output": "other"}
-    rows[17] = rows[17] | {"instruction": "Say 3.", "input": "another"}
+    rows[1], rows[17] = rows[1] | {"input": "other"}, rows[17] | {"instruction": "Say 1."}
     rows[0] = {"messages": [USER | {"name": "ann"}, REPLY]}
     assert load_parts(write(tmp_path / "r.json", rows), split="file order").notes == [
         "fields that nothing uses: name, source",
@@ -435,13 +434,14 @@ def test_a_folder_makes_the_merges_it_names_and_tokenizer_json_goes_first(tmp_pa
 
 GOOD_MERGES = [("h", "e"), ("Ġ", "he")]
 GOOD = byte_vocab(GOOD_MERGES)
+NO_END = {token: i for token, i in GOOD.items() if token != EOT}
 CUT, ADDED = (spec(GOOD, GOOD_MERGES)[key] for key in ("pre_tokenizer", "added_tokens"))
 ORDINARY = {"id": 259, "content": "<think>", "special": False}
 BROKEN_TOKENIZERS = {
-    "a byte is missing": (byte_vocab(GOOD_MERGES[:1]) | {"q": 256, "he": 113}, GOOD_MERGES[:1]),
+    "a byte is missing": ({"東" if k == "q" else k: i for k, i in GOOD.items()}, GOOD_MERGES),
     "two tokens have one id": (GOOD | {"he": 104}, GOOD_MERGES),
     "an id is beyond the end": (GOOD | {EOT: 9999}, GOOD_MERGES),
-    "no end token": ({k: i for k, i in GOOD.items() if k != EOT}, GOOD_MERGES),
+    "no end token": (NO_END, GOOD_MERGES),
     "ids against merge order": (GOOD | {"he": 257, "Ġhe": 256}, GOOD_MERGES),
     "merges in another order": (GOOD, GOOD_MERGES[::-1]),
     "a merge is missing": (GOOD, GOOD_MERGES[:1]),
@@ -450,7 +450,7 @@ BROKEN_SPECS = {
     "no pre-tokenizer": {"pre_tokenizer": None},
     "another one": {"pre_tokenizer": CUT | {"type": "Whitespace"}},
     "a prefix space": {"pre_tokenizer": CUT | {"add_prefix_space": True}},
-    "no end token there": {"added_tokens": []},
+    "no end token there": {"added_tokens": [], "model": {"vocab": NO_END, "merges": GOOD_MERGES}},
     "an ordinary token, <think>": {"added_tokens": [*ADDED, ORDINARY]},
 }
 
@@ -528,7 +528,7 @@ def test_the_script_prints_split_notes_lengths_cuts_padding_and_one_example(here
 
 
 @pytest.mark.parametrize("flags, code, needle", [
-    (["--data", "absent.json"], 1, "no absent.json"),
+    (["--data", "ab\nsent.json"], 1, "no ab sent.json"),
     (["--data", "bad.json"], 1, "bad.json: 1 of 1 records are bad: record 1 (line 1): 0 texts"),
     (["--model", "absent"], 1, "absent/vocab.json"),
     (["--max-length", "2"], 1, "max_length 2"),

@@ -1,10 +1,12 @@
 """evaluate.py: answers, scores, the judge against a stub server, restart, canaries, runs, reports."""
 
+import io
 import json
 import math
 import random
 import re
 import shutil
+import sys
 import threading
 from collections import Counter
 from hashlib import sha256
@@ -19,6 +21,7 @@ import torch.nn.functional as F
 import data
 import evaluate as E
 import gpt
+import lora
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -28,15 +31,13 @@ class Server:
     headers); .asked holds (path, body, headers) of each request."""
 
     def __init__(self):
-        self.asked, self.reply, server = [], None, self
+        self.asked, self.reply, server = [], honest, self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 server.asked.append((self.path, body, dict(self.headers)))
                 answer = server.reply(self.path, body)
-                if answer is None:  # hang up
-                    return self.connection.close()
                 answer = (200, answer) if isinstance(answer, str) else answer
                 status, text, headers = (*answer, {})[:3]
                 self.send_response(status)
@@ -45,19 +46,16 @@ class Server:
                 self.end_headers()
                 self.wfile.write(text.encode())
 
-            def log_message(self, *args):
-                pass
+            log_message = lambda self, *args: None
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}"
-        loop = {"poll_interval": 0.01}
-        threading.Thread(target=self.http.serve_forever, kwargs=loop, daemon=True).start()
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
 
 
 @pytest.fixture
 def server():
     server = Server()
-    server.reply = honest
     yield server
     server.http.shutdown()
     server.http.server_close()
@@ -84,13 +82,8 @@ def said(path, text, cut=False, **message):
 def shown(body):
     """(reference, answers) that a request shows to the judge."""
     prompt = body["messages"][0]["content"]
-    reference = prompt.split("Reference answer: ")[1].split("\n<A ")[0]
-    answers = []
-    for name in "AB":
-        if f"<{name} " in prompt:
-            part = prompt.split(f"<{name} ")[1].split(">\n", 1)[1]
-            answers.append(part.rpartition(f"\n</{name} ")[0])
-    return reference, answers
+    answers = re.findall(r"<([AB] \w{8})>\n(.*?)\n</\1>", prompt, re.DOTALL)
+    return re.search("Reference answer: (.*?)\n<A ", prompt, re.DOTALL)[1], [a for _, a in answers]
 
 
 def honest(path, body):
@@ -108,11 +101,10 @@ def record(i, right=True, **more):
 def answers_only(tmp_path):
     """A folder with nothing but responses.jsonl; `right` of `n` answers are the reference."""
     def make(name="run", right=3, n=4, **more):
-        folder = tmp_path / name
-        folder.mkdir()
-        lines = [json.dumps(record(i, i < right, **more)) + "\n" for i in range(n)]
-        (folder / "responses.jsonl").write_text("".join(lines))
-        return folder
+        (tmp_path / name).mkdir()
+        E.append_records(tmp_path / name / "responses.jsonl",
+                         [record(i, i < right, **more) for i in range(n)])
+        return tmp_path / name
     return make
 
 
@@ -210,6 +202,9 @@ def test_answers_are_the_plain_loops_in_the_examples_order_and_ended_is_true(mod
 def test_answers_end_fill_their_limit_or_have_no_room_and_decode_what_has_a_text(model, monkeypatch):
     gpt2, tokenizer = model
     long = {"instruction": "word " * 200, "input": "", "output": "x"}
+    numbers = SimpleNamespace(encode_ordinary=lambda p: [1] * int(p), decode=len, n_vocab=2048,
+                              eot_token=2047)
+    assert E.complete(gpt2, numbers, ["96", "95", "97"], 3) == [(0, True), (1, True), (0, True)]
     monkeypatch.setattr(gpt, "generate", lambda model, prompts, n, eos_id: [
         [5, tokenizer.n_vocab], [5] * n])
     got = E.generate_responses(gpt2, tokenizer, [long, *questions(2)], "plain", 4)
@@ -442,8 +437,7 @@ def test_a_server_that_is_not_there_is_tried_five_times_and_named_in_one_line(
     ("ollama:m", "truncate", 400, 'unknown field "truncate"')])
 def test_a_parameter_that_is_refused_is_left_out_from_then_on_and_named_once(
         server, capsys, spec, refused, status, words):
-    server.reply = lambda path, body: (
-        (status, json.dumps({"error": words})) if refused in body else honest(path, body))
+    server.reply = lambda path, body: (status, words) if refused in body else honest(path, body)
     judge = E.server_judge(spec, server.url)
     for _ in range(2):
         assert judge.ask(E.fill("q", "r", "r"))[0] == "Compared. [[95]]"
@@ -452,25 +446,19 @@ def test_a_parameter_that_is_refused_is_left_out_from_then_on_and_named_once(
     assert len(notes) == 1 and notes[0].endswith(f"going on without {refused}")
 
 
-@pytest.mark.parametrize("spec, key, switch", [
-    ("ollama:m", "thinking", "think"), ("openai:m", "reasoning_content", "reasoning_effort"),
-    ("openai:m", "reasoning", "reasoning_effort")])
-def test_thoughts_without_a_reply_are_asked_again_without_thinking(server, spec, key, switch):
-    server.reply = lambda path, body: (
-        honest(path, body) if switch in body else said(path, "", cut=True, **{key: "Hmm"}))
+@pytest.mark.parametrize("spec, key, switch, off", [
+    ("ollama:m", "thinking", "think", False), ("openai:m", "reasoning", "reasoning_effort", "none"),
+    ("openai:m", "reasoning_content", "reasoning_effort", "none")])
+def test_thoughts_without_a_reply_are_asked_again_without_thinking(server, spec, key, switch, off):
+    thoughts = lambda path: said(path, "", cut=True, **{key: "Hmm"})
+    server.reply = lambda path, body: honest(path, body) if switch in body else thoughts(path)
     judge = E.server_judge(spec, server.url)
     for _ in range(2):
         assert judge.ask(E.fill("q", "r", "r")) == ("Compared. [[95]]", False)
-    assert [body.get(switch) for _, body, _ in server.asked] == {
-        "think": [None, False, False], "reasoning_effort": [None, "none", "none"]}[switch]
-
-
-def test_a_server_that_refuses_the_switch_and_goes_on_thinking_gives_a_reply_that_was_cut(server):
-    server.reply = lambda path, body: (
-        (400, '{"error": "\\"m\\" does not support thinking"}') if "think" in body else
-        said(path, "", cut=True, thinking="Hmm"))
-    assert E.server_judge("ollama:m", server.url).ask("x") == ("", True)
-    assert len(server.asked) == 3
+    assert [body.get(switch) for _, body, _ in server.asked] == [None, off, off]
+    server.asked.clear()  # a server that refuses the switch and goes on thinking
+    server.reply = lambda path, body: (400, f"no {switch}") if switch in body else thoughts(path)
+    assert E.server_judge(spec, server.url).ask("x") == ("", True) and len(server.asked) == 3
 
 
 def test_one_prompt_that_is_too_long_is_an_error_of_this_question_alone(
@@ -508,7 +496,7 @@ def test_a_reply_without_a_score_is_kept_unscored_and_a_cut_one_says_so(
     assert [(r["id"], r["score"], r["reply"]) for r in kept[:3]] == [
         (0, None, "I cannot say."), (1, None, "[[8"), (2, 95, "Compared. [[95]]")]
     err = capsys.readouterr().err
-    assert err.count("raise --judge-max-tokens") >= 1 and "reply to 1 was cut off" in err
+    assert err.count("raise --judge-max-tokens") >= 1 and "reply 1 was cut off" in err
     report = scores(folder)
     assert report["judge_answers"] == "2 scored of 4" and report["judge"] == (95 + 5) / 2
     assert report["judge_bounds"] == [(95 + 5) / 4, (95 + 5 + 200) / 4]
@@ -536,14 +524,14 @@ def test_a_key_is_never_sent_unencrypted_to_another_machine(
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     monkeypatch.setattr(E, "post", lambda *a: (401, "reached"))
     assert run(answers_only(), "--judge", "openai:m", "--judge-url", url) == 1
-    assert ("a key goes by https only" in capsys.readouterr().err) is refused
+    assert ("https with a key" in capsys.readouterr().err) is refused
 
 
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "localhost:11434", "http://", "http://u:p@h",
                                  "http://h/v1?key=1", "ftp://h"])
 def test_a_judges_url_is_of_http_and_without_password_or_query(answers_only, capsys, url):
     assert run(answers_only(), "--judge", "openai:m", "--judge-url", url) == 1
-    assert "error: --judge-url: an http(s) URL" in capsys.readouterr().err
+    assert "error: --judge-url: http(s) without" in capsys.readouterr().err
 
 
 def test_a_killed_judge_goes_on_after_a_torn_line_and_asks_for_the_rest_alone(server, answers_only):
@@ -744,7 +732,7 @@ def test_in_a_run_a_torn_last_answer_is_cut_said_and_given_anew(trained, capsys)
 def test_a_model_folder_answers_the_data_in_a_folder_of_its_own(
         trained, base, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert run(base) == 1 and "--data FILE says which records" in capsys.readouterr().err
+    assert run(base) == 1 and "--data says what it shall answer" in capsys.readouterr().err
     files = sorted(base.iterdir())
     text = ROOT / "tiny" / "heldout.txt"
     assert run(base, "--data", "data.json", "--template", "plain", "--text", text) == 0
@@ -768,8 +756,6 @@ def test_tiny_by_name_answers_its_own_data_and_has_forgotten_nothing(tmp_path, m
 
 
 def test_an_adapter_run_is_loaded_on_its_base(trained, base):
-    import lora
-
     shutil.rmtree(trained / "model")
     gpt2 = gpt.GPT.from_pretrained(base)
     lora.add_lora(gpt2, r=2)
@@ -797,8 +783,6 @@ def test_a_model_of_ours_judges_and_the_canaries_say_that_it_is_unfit(
 
 def test_ask_prints_the_answer_to_one_instruction_or_to_each_line(
         trained, model, base, capsys, monkeypatch):
-    import io
-
     def answer(folder, text, template):
         gpt2, tokenizer = E.load_model(folder, "cpu")
         prompt = data.format_prompt({"instruction": text, "input": ""}, template)
@@ -811,22 +795,19 @@ def test_ask_prints_the_answer_to_one_instruction_or_to_each_line(
     assert capsys.readouterr().out == "".join(answer(base, t, "alpaca") + "\n" for t in ("a b", "c d"))
 
 
-def test_the_losses_of_the_runs_are_drawn_into_one_picture(tmp_path, answers_only, capsys):
+def test_losses_are_drawn_into_one_picture_or_refused_in_one_line(
+        tmp_path, answers_only, capsys, monkeypatch):
     pytest.importorskip("matplotlib", reason="pictures need matplotlib")
-    folder = answers_only()
-    metrics = [{"step": i, "train_loss": None if i == 0 else 2 / i, "val_loss": 1.0 if i == 0 else None}
-               for i in range(3)]
+    folder, losses = answers_only(), [(None, 1.0), (2.0, None), (1.0, 0.5)]
+    metrics = [{"step": i, "train_loss": t, "val_loss": v} for i, (t, v) in enumerate(losses)]
     assert E.plot_losses(metrics, tmp_path / "loss.png") is True
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     E.append_records(folder / "metrics.jsonl", metrics)
     assert run(folder, "--plot") == 0 and (folder / "compare.png").exists()
-
-
-def test_without_matplotlib_a_picture_is_refused_in_one_line(answers_only, capsys, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    assert E.plot_losses([], Path("never.png")) is False
-    assert run(answers_only(), "--plot") == 1
-    assert capsys.readouterr().err == "error: --plot needs matplotlib: pip install matplotlib\n"
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert E.plot_losses([], tmp_path / "never.png") is False
+    assert run(folder, "--plot") == 1
+    assert capsys.readouterr().err == "error: --plot needs matplotlib\n"
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -846,5 +827,5 @@ def test_no_such_folder_an_interrupt_and_a_missing_sibling_are_one_line(tmp_path
     assert capsys.readouterr().err.startswith("error: ")
     monkeypatch.setattr(E, "score_run", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     assert run(tmp_path) == 130 and "the same command goes on" in capsys.readouterr().err
-    monkeypatch.setitem(__import__("sys").modules, "gpt", None)
+    monkeypatch.setitem(sys.modules, "gpt", None)
     assert run(tmp_path) == 1 and "gpt" in capsys.readouterr().err

@@ -12,7 +12,6 @@ import signal
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import data
 import evaluate
@@ -153,7 +152,7 @@ def plain_run(world, spans, warmup=0, schedule="linear", clip=1.0, weight_decay=
 
 
 @pytest.mark.parametrize("flags, same", [
-    ([], {}),
+    ([], {}),  # one span
     (["--loss-on", "all", "--untie-head", "--schedule", "cosine", "--warmup", 3],
      dict(loss_on="all", untie=True, schedule="cosine", warmup=3)),
     (["--template", "chatml", "--clip", 0, "--weight-decay", 0.5, "--lr-decay", 0.5],
@@ -164,12 +163,13 @@ def plain_run(world, spans, warmup=0, schedule="linear", clip=1.0, weight_decay=
     (["--lora-r", 2], dict(lora_r=2)),
     (["--lora-r", 2, "--trainable", "lora,last_block"], dict(lora_r=2)),
     (["--trainable", "gradual:1"], {}),
-    (["--trainable", "lisa:1@2,norms", "--seed", 123], {}),
+    (["--trainable", "lisa:1@2,norms"], {}),
 ], ids=lambda value: " ".join(map(str, value)))
 def test_a_run_has_the_losses_norms_rates_and_weights_of_a_plain_loop(world, tmp_path, flags, same):
     assert run(world, tmp_path / "r", "--epochs", 2, *flags) == 0
     record = read_json(tmp_path / "r" / "run.json")
     spans = [(span["policy"], span["steps"]) for span in record["freeze"]]
+    assert len(spans) == {"gradual:1": 2, "lisa:1@2,norms": 4}.get(record["flags"]["trainable"], 1)
     model, losses, norms, rates = plain_run(world, spans, **same)
     assert column(tmp_path / "r", "train_loss") == pytest.approx(losses, rel=1e-5)
     assert column(tmp_path / "r", "grad_norm") == pytest.approx(norms, rel=1e-4)
@@ -178,17 +178,6 @@ def test_a_run_has_the_losses_norms_rates_and_weights_of_a_plain_loop(world, tmp
     for (name, p), (_, q) in zip(ours.named_parameters(), model.named_parameters(), strict=True):
         if not name.endswith("c_attn.bias"):  # keys' have no gradient, and Adam scales its noise
             torch.testing.assert_close(p, q, rtol=1e-4, atol=5e-6, msg=lambda m: f"{name}: {m}")
-
-
-def test_schedules_have_spans_that_end_and_moments_that_go_on(world, tmp_path):
-    """Of the two cases above: blocks change within the run, and one of them comes back."""
-    for policy, spans in (("gradual:1", [("last:1", 5), ("last:2", 5)]),
-                          ("lisa:1@2,norms", None)):
-        assert run(world, tmp_path / "r", "--epochs", 2, "--trainable", policy, "--overwrite") == 0
-        freeze = read_json(tmp_path / "r" / "run.json")["freeze"]
-        found = [(span["policy"], span["steps"]) for span in freeze]
-        assert found == spans if spans else {p for p, _ in found} == {*TRAINS} & {
-            "blocks:0,norms", "blocks:1,norms"} and len(found) > 2
 
 
 def test_micro_batches_and_a_head_in_parts_give_the_undivided_step(world, tmp_path, monkeypatch):
@@ -208,7 +197,7 @@ def test_micro_batches_and_a_head_in_parts_give_the_undivided_step(world, tmp_pa
 def test_the_head_is_applied_only_where_a_loss_is_wanted(world, tmp_path, monkeypatch):
     rows = []
     before_loss(monkeypatch, 1, lambda model: model.lm_head.register_forward_pre_hook(
-        lambda head, inputs: rows.append(inputs[0].numel() // 16) if head.training else None))
+        lambda head, inputs: rows.append(len(inputs[0])) if head.training else None))
     assert run(world, tmp_path / "r", "--epochs", 1) == 0
     train = load_parts(world / "records.json").train
     assert sum(rows) == sum(len(record["output"]) + 1 for record in train)  # and the end token
@@ -249,23 +238,6 @@ def test_large_models_take_small_rates_and_adapters_ten_times_as_much(world, tmp
         flags = read_json(tmp_path / "r" / "run.json")["flags"]
         assert (flags["lr"], flags["epochs"], flags["batch_size"]) == pytest.approx(expected)
         assert len(metrics(tmp_path / "r")[0]["records"]) == expected[2]
-
-
-def test_the_optimizer_has_a_rate_and_a_decay_for_each_kind_of_parameter(world, tmp_path):
-    """Full weights and adapters, by depth, at the end of a constant schedule."""
-    found = {}
-
-    def note(optimizer, *_):
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                found[tuple(p.shape)] = round(group["lr"], 9), group["weight_decay"]
-    handle = register_optimizer_step_post_hook(note)
-    assert run(world, tmp_path / "r", "--lora-r", 3, "--lora-targets", "h.0.attn.c_attn,h.1.mlp.c_fc",
-               "--trainable", "lora,h.1.mlp.c_fc.*,wpe.*", "--lr-decay", 0.5, "--warmup", 0,
-               "--schedule", "constant", "--max-steps", 1, "--weight-decay", 0.2) == 0
-    handle.remove()
-    assert found == {(320, 16): (5e-4, 0.2), (64, 16): (1e-3, 0.2), (64,): (1e-3, 0.0),
-                     (48, 3): (5e-3, 0.2), (64, 3): (1e-2, 0.2), (3, 16): (1e-2, 0.2)}
 
 
 def test_a_seed_gives_one_run_and_another_seed_another(world, tmp_path):
@@ -334,18 +306,19 @@ def test_under_bf16_weights_stay_fp32_and_losses_are_close(world, tmp_path, monk
     assert read_json(tmp_path / "bf16" / "run.json")["flags"]["dtype"] == "bfloat16"
 
 
-@pytest.mark.parametrize("rounds, used", [(False, "bf16"), (True, "none")])
-def test_products_of_a_run_are_never_rounded_to_bf16(world, tmp_path, monkeypatch, rounds, used):
-    """torch's setting is called bf16 and allows to round; on a CPU that would, it is not used."""
-    true, seen = torch.Tensor.__matmul__, []
+@pytest.mark.parametrize("rounds", [False, True])
+def test_products_of_a_run_are_never_rounded_to_bf16(world, tmp_path, monkeypatch, rounds):
+    """torch's setting allows it; on a CPU that makes use of it, here one by patch, it is not set."""
+    true, seen, x = torch.Tensor.__matmul__, [], torch.randn(300, 300)
+    exact = x.double() @ x.double()
     if rounds:
         monkeypatch.setattr(torch.Tensor, "__matmul__",
                             lambda a, b: true(a.bfloat16().float(), b.bfloat16().float()))
-    x = torch.randn(300, 300)
     before_loss(monkeypatch, 1, lambda model: seen.append((MATMUL.fp32_precision, true(x, x))))
     assert run(world, tmp_path / "r", "--max-steps", 1) == 0
-    (setting, product), exact = seen[0], x.double() @ x.double()
-    assert setting == used and (product - exact).abs().max() < 2e-6 * exact.abs().max()
+    (setting, product), = seen
+    assert (product - exact).abs().max() < 2e-6 * exact.abs().max()
+    assert setting == "none" or not rounds
 
 
 # ---- the run folder
@@ -443,26 +416,21 @@ def test_a_run_goes_on_from_the_adapter_or_the_weights_of_another(world, tmp_pat
 
 def test_dropped_and_cut_records_are_counted_and_said_and_limits_hold(world, tmp_path, capsys):
     records = read_json(world / "records.json")
-    for part, name in zip((records[:34], records[34:36], records[36:]), ("train", "val", "test")):
-        (tmp_path / f"{name}.json").write_text(json.dumps(part))
     records[3]["output"], records[5]["instruction"] = "x" * 400, "y" * 400
     records[34]["output"] = "z" * 400
-    for name, part in (("train", records[:34]), ("val", records[34:36])):
+    for name, part in (("train", records[:34]), ("val", records[34:36]), ("test", records[36:])):
         (tmp_path / f"{name}.json").write_text(json.dumps(part))
-    flags = ["--data", tmp_path, "--epochs", 5, "--max-steps", 7, "--overwrite"]
-    for more, account, order in (([], (33, 1, 2), [33]), (["--max-examples", 5], (5, 0, 2), [5]),
-                                 (["--max-length", 180], None, None)):
-        capsys.readouterr()
+    flags = ["--data", tmp_path, "--epochs", 9, "--max-steps", 7, "--overwrite"]
+    for more, account in (([], (33, 1, 2)), (["--max-examples", 5], (5, 0, 2)),
+                          (["--max-length", 190], (33, 1, 3))):
         assert run(world, tmp_path / "r", *flags, *more) == 0
-        found = read_json(tmp_path / "r" / "run.json")["data"]
-        said = capsys.readouterr().out
-        if account:
-            assert (found["used"], found["dropped"], found["truncated"]) == account
-            assert found["split"] == "folder"
-        assert re.search(rf"note +{found['dropped']} .*dropped.* {found['truncated']} are cut", said)
-        used = {i for m in metrics(tmp_path / "r") for i in m["records"]}
-        assert len(metrics(tmp_path / "r")) == 7 and len(used) == found["used"] and 5 not in used
-    assert found["truncated"] > 2 and (tmp_path / "r" / "run.json").exists()
+        found, (used, dropped, cut) = read_json(tmp_path / "r" / "run.json")["data"], account
+        assert (found["used"], found["dropped"], found["truncated"]) == account
+        assert re.search(rf"note +{dropped} records .*dropped, {cut} are cut", capsys.readouterr().out)
+        lines = metrics(tmp_path / "r")
+        assert len(lines) == 7 and {i for m in lines for i in m["records"]} == {
+            *range(34)} - {5} & {*range(34 if used > 5 else 5)}
+        assert found["split"] == "folder" and max(column(tmp_path / "r", "epoch")) < 9
 
 
 def test_an_answer_that_never_ended_is_not_exactly_right(world, tmp_path, monkeypatch):
@@ -528,9 +496,9 @@ def narrowed(model, plan, *_):
     (4, lambda m: m.h[0].ln_1.bias.requires_grad_(), "not as planned", "h.0.ln_1.bias is True"),
     (3, lambda m: setattr(m.ln_f, "weight", torch.nn.Parameter(torch.ones(16))), "replaced", "ln_f"),
     (1, lambda m: m.ln_f.bias.register_hook(torch.zeros_like), "zero gradients", "ln_f.bias"),
-    (0, ("build_optimizer", widened), "holds what does not train", "wte.weight"),
+    (0, ("build_optimizer", widened), "holds what does not train", "h.0.ln_1.bias"),
     (0, ("build_optimizer", narrowed), "lacks what should train", "h.1.ln_1.weight"),
-    (0, (torch.optim.AdamW, "step", lambda self: None), "did not change", "h.1.ln_1.weight"),
+    (0, (torch.optim.AdamW, "step", lambda self: None), "did not change", "h.1.ln_1.bias"),
 ])
 def test_a_planted_violation_ends_the_run_with_its_name_and_without_a_result(
         world, tmp_path, monkeypatch, capsys, loss, action, check, name):
@@ -542,13 +510,13 @@ def test_a_planted_violation_ends_the_run_with_its_name_and_without_a_result(
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
     assert check in error and name in error
-    assert {path.name for path in (tmp_path / "r").iterdir()} == {"metrics.jsonl"}
+    assert {path.name for path in (tmp_path / "r").iterdir()} <= {"metrics.jsonl"}
 
 
 def test_no_checkpoint_is_written_of_weights_that_break_the_proof(world, tmp_path, monkeypatch):
     before_loss(monkeypatch, 3, nudge)
-    assert run(world, tmp_path / "r", "--trainable", "last_block", "--checkpoint-every", 1) == 1
-    assert torch.load(tmp_path / "r" / "checkpoint.pt")["state"]["step"] == 2
+    assert run(world, tmp_path / "r", "--trainable", "last_block", "--checkpoint-every", 3) == 1
+    assert not list((tmp_path / "r").glob("checkpoint*"))
 
 
 # ---- stopped and resumed
@@ -611,10 +579,10 @@ def test_every_ten_minutes_there_is_a_checkpoint_without_a_flag(world, tmp_path,
     monkeypatch.setattr(finetune, "CHECKPOINT_SECONDS", 0)
     assert run(world, tmp_path / "a") == 0
     assert stopped(signal.SIGKILL, 5, run, world, tmp_path / "b") == -signal.SIGKILL
-    assert torch.load(tmp_path / "b" / "checkpoint.pt")["state"]["step"] == 4
-    assert torch.load(tmp_path / "b" / "checkpoint.prev.pt")["state"]["step"] == 3
-    assert run(world, tmp_path / "b", "--resume") == 0
-    assert result(tmp_path / "a") == result(tmp_path / "b")
+    steps = calls_of(monkeypatch, 1)
+    assert run(world, tmp_path / "b", "--resume", "--eval-every", 99) == 0
+    assert len(steps) == 11 + 1  # all but the first four; the validation
+    assert result(tmp_path / "a")[0] == result(tmp_path / "b")[0]
 
 
 def flip(content):
@@ -713,7 +681,8 @@ def test_numbers_that_are_not_finite_end_the_run_and_its_checkpoint_is_kept(
 
 
 def test_a_run_whose_last_step_diverged_is_not_saved(world, tmp_path, capsys):
-    assert run(world, tmp_path / "r", "--max-steps", 1, "--lr", 1e38, "--weight-decay", 9) == 1
+    assert run(world, tmp_path / "r", "--max-steps", 1, "--lr", 1e18,
+               "--weight-decay", 1e18) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
     assert not {"run.json", "model"} & {path.name for path in (tmp_path / "r").iterdir()}
@@ -729,8 +698,10 @@ def test_on_a_full_disk_the_last_checkpoint_is_kept(world, tmp_path, monkeypatch
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     error = capsys.readouterr().err
     assert str(tmp_path / "r" / "checkpoint.pt") in error and error.count("\n") == 1
-    assert torch.load(tmp_path / "r" / "checkpoint.pt")["state"]["step"] == 2
+    monkeypatch.undo()
+    steps = calls_of(monkeypatch, 1)
     assert not list((tmp_path / "r").glob("*.tmp"))
+    assert run(world, tmp_path / "r", "--resume", "--eval-every", 99) == 0 and len(steps) == 13 + 1
 
 
 # ---- places

@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import freeze as freeze_file
-from freeze import FreezeError, digests, find_blocks, freeze, resolve, schedule, table, whole
-from gpt import GPT, Block, GPTConfig
+from freeze import FreezeError, digests, find_blocks, freeze, resolve, schedule, whole
+from gpt import GPT, GPTConfig
 from lora import add_lora
 
 M, O, G, U = "check_model", "check_optimizer", "check_gradients", "check_unchanged"
@@ -278,7 +278,8 @@ def test_terms_on_mamba_and_on_models_of_two_stacks_which_ask_for_patterns():
     vision = dict(image_size=8, patch_size=4, num_hidden_layers=2, **sizes)  # shorter, same class
     clip = build("CLIP", "Model", text_config=text, vision_config=vision)
     t5 = build("T5", "ForConditionalGeneration", vocab_size=31, d_model=8, d_kv=4, d_ff=12,
-               num_layers=2, num_heads=2, tie_word_embeddings=False)
+               num_layers=2, num_heads=2)
+    t5.lm_head = nn.Linear(8, 31, bias=False)
     agrees(t5, {"head": HEAD})  # the model says which
     for model, name in (clip, "text_model.encoder.layers.0"), (t5, "encoder.block.0"):
         which = f"blocks like .*{name}.*: say which by patterns"
@@ -315,7 +316,7 @@ NAMED.add_module("low", nn.Linear(2, 2)), NAMED.add_module("high", nn.Linear(2, 
 ], ids=range(10))
 def test_the_blocks_are_the_longest_list_of_modules_of_one_class(model, names):
     if names is TWO or not names:
-        agrees(model, {"last:1": str(TWO) if names else "0 blocks were found; say last:2, or a pat"})
+        agrees(model, {"last:1": str(TWO) if names else "0 blocks were found; say last:2, or a p"})
     else:
         assert find_blocks(model) == names
 
@@ -327,8 +328,9 @@ def test_terms_mean_no_more_than_they_say():
     agrees(model, {"last:1": of("h.", "1"), "head": of("", "pool"), "norms": of("", "before norm")})
     agrees(small(n_layer=11), {"blocks:1": blocks(1)})
     agrees(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), {"head": NO, "last:1": of("", "1")})
-    agrees(nn.ModuleDict({"lora_A": nn.Linear(2, 2), "lora_norm": nn.LayerNorm(2)}), {
-        "biases": NO, "norms": NO, "head": NO, "lora": of("", "lora_A lora_norm")})
+    adapted = {"low": nn.Linear(2, 2), "lora_A": nn.Linear(2, 2), "lora_norm": nn.LayerNorm(2)}
+    agrees(nn.ModuleDict(adapted), {"biases": {"low.bias"}, "norms": NO, "head": of("", "low"),
+                                    "lora": of("", "lora_A lora_norm")})
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -485,21 +487,16 @@ PLAN, MODE, LN = "requires_grad is not as planned: ", "in train mode: ", "h.2.ln
 HAS, LACKS = "holds what does not train, or holds it twice: ", "lacks what should train"
 OBJECT, NONE = "added, removed or replaced: ", "frozen, but with a gradient where None belongs: "
 MOVED, STUCK = "^frozen, but changed: ", "^should have trained, but did not change: "
-VIOLATIONS = [  # the check, what it says, arguments of Run, the deed
+VIOLATIONS = [  # the check, what it says, arguments of Run, the deed; more in test_public_bugs.py
     (M, PLAN + "h.0.ln_1.bias is True; it was set since", {},
      lambda r: get(r, "h.0.ln_1.bias").requires_grad_(True)),
-    (M, PLAN + "h.0.attn.c_attn.bias is True, .* and 21 more; it", {},
-     lambda r: r.model.requires_grad_(True)),
     (M, PLAN + "ln_f.weight is False;", {}, lambda r: get(r, "ln_f.weight").requires_grad_(False)),
     (M, OBJECT + r"ln_f.weight; freeze\(\) the comp", {}, lambda r: swap(r, "ln_f.weight")),
-    (M, OBJECT + "h.1.attn.c_attn.bias, .* and 7 more;", {},
-     lambda r: setattr(r.model.h, "1", Block(r.model.config))),
     (M, OBJECT + "extra;", {}, lambda r: setattr(r.model, "extra", nn.Parameter(torch.ones(2)))),
     (M, OBJECT + "h.0.attn.c_attn.lora_A", {}, lambda r: add_lora(r.model, r=2)),
     (M, OBJECT + "ln_f.bias;", {}, lambda r: setattr(r.model.ln_f, "bias", None)),
     (M, OBJECT + f"{LN};", {}, lambda r: data(r, LN, torch.clone)),
     (M, OBJECT + "lm_head.weight, wte.weight;", {}, lambda r: data(r, "wte.weight", torch.clone)),
-    (M, OBJECT + "lm_head.weight, wte", {}, lambda r: data(r, "wte.weight", lambda w: w[:-1])),
     (M, OBJECT + "lm_head.weight;", {}, lambda r: swap(r, "lm_head.weight")),
     (M, OBJECT + "lm_head.weight;", UNTIED,
      lambda r: setattr(r.model.lm_head, "weight", r.model.wte.weight)),
@@ -527,7 +524,6 @@ VIOLATIONS = [  # the check, what it says, arguments of Run, the deed
     (O, HAS + r"a tensor \(8,\) not in the model;", {},
      lambda r: optimize(r, nn.Parameter(torch.zeros(8)))),
     (O, LACKS + r": ln_f.weight; give", {}, lambda r: optimize(r, without=get(r, "ln_f.weight"))),
-    (O, LACKS + ": h.2.*more", {}, lambda r: r.optimizer.param_groups[0].update(params=[])),
     (O, "has state of what does not train: wte.weight;", {},
      lambda r: r.optimizer.state[r.model.wte.weight].update(step=1)),
     (G, NONE + "wte.weight; only backward", {},
@@ -535,8 +531,6 @@ VIOLATIONS = [  # the check, what it says, arguments of Run, the deed
     (G, NONE + "h.0.ln_1.bias;", {},
      lambda r: (get(r, "h.0.ln_1.bias").requires_grad_(True), r.backward())),
     (G, "^trainable, but no gradient: h.2.attn.c_attn.bias, .*; is it left out", {}, id),
-    (G, "^trainable, but no gradient: h.2.attn.c_attn.bias", {},
-     lambda r: (r.model.h[2].register_forward_hook(lambda m, x, y: y.detach()), r.backward())),
     (G, "the gradient is not finite: ln_f.weight; lower", {},
      lambda r: (r.backward(), get(r, "ln_f.weight").grad[3].fill_(torch.nan))),
     (G, "the gradient is not finite: ln_f.weight;", {},
@@ -643,10 +637,8 @@ def test_a_module_without_parameters_rests_where_nothing_at_or_before_it_trains(
 
 
 def test_train_mode_of_frozen_parts_matters_with_dropout_and_statistics_alone():
-    for module in (nn.Dropout(0.1), nn.AlphaDropout(0.1), nn.MultiheadAttention(4, 1, dropout=0.1)):
+    for module in (nn.AlphaDropout(0.1), nn.MultiheadAttention(4, 1, dropout=0.1)):
         assert freeze_file.depends_on_mode(module)
-        module.p = module.dropout = 0.0
-        assert not freeze_file.depends_on_mode(module)
     for dropout, mode in ((0.0, True), (0.5, False)):
         run = Run(dropout=dropout)
         run.plan.check_model(run.model.train(mode))
@@ -671,7 +663,8 @@ def test_digests_are_equal_for_bit_identical_tensors_alone():
     tensors = [six, six.reshape(2, 3), six.reshape(2, 3).T, six.double(), six.half(), six.long(),
                six.bfloat16(), torch.tensor([True, False]), torch.tensor(1.0), torch.empty(0),
                torch.tensor([torch.nan]), torch.zeros(1).expand(4), -torch.zeros(4),
-               torch.zeros(2, 2), torch.zeros(8, dtype=torch.half), torch.empty(3, 0)]
+               torch.zeros(2, 2), torch.zeros(8, dtype=torch.half), torch.empty(3, 0),
+               torch.zeros(8, dtype=torch.bfloat16)]
     assert len(set(map(digest, tensors))) == len(tensors)
     for tensor in tensors:
         copy = tensor.clone().contiguous()
@@ -719,6 +712,7 @@ def test_what_fully_shard_has_sharded_is_proved_like_whole_tensors():
             fully_shard(module, mesh=mesh)
         run.start("last_block")
         assert run.plan.proof["digests"] == unsharded
+        agrees(run.model, {"head": "tied to wte.weight", "embeddings": EMBEDDINGS})
         assert type(whole(run.model.wte.weight).data) is torch.Tensor
         run.train(), run.check(G), run.check(M), run.check(O), run.check(U)
         run.model.h[0].ln_1.bias.data.add_(1)
@@ -756,10 +750,10 @@ def test_a_wrong_schedule_is_a_value_error_that_says_what_is_right(policy):
 
 
 def test_lisa_draws_k_blocks_by_seed_and_turn_and_equal_neighbours_are_one_span():
-    spans = schedule("lisa:2@3,norms", 4, 3000, 7, seed=0)
-    assert spans == schedule("lisa:2@3,norms", 4, 3000, 9, seed=0)
-    assert spans != schedule("lisa:2@3,norms", 4, 3000, 7, seed=1)
-    assert schedule("lisa:2@3,norms", 4, 60, 7, 0) == [span for span in spans if span[0] < 60]
+    cut = lambda steps, per_epoch, seed: schedule("lisa:2@3,norms", 4, steps, per_epoch, seed)
+    spans = cut(3000, 7, 0)
+    assert spans == cut(3000, 9, 0) != cut(3000, 7, 1)
+    assert cut(60, 7, 0) == [span for span in spans if span[0] < 60]
     drawn = [re.fullmatch(r"blocks:([0-3]),([0-3]),norms", text).groups() for _, text in spans]
     assert all(a < b for a, b in drawn) and len(set(drawn)) == 6
     steps = [step for step, _ in spans]

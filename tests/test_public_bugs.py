@@ -38,7 +38,6 @@ class Run:
         self.optimizer_over = lambda: AdamW(self.plan.parameters(), lr=1e-2)
         self.clear, self.step = lambda: self.optimizer.zero_grad(), lambda: self.optimizer.step()
         self.rest, self.deed = lambda: self.plan.set_modes(self.model), lambda run: None
-        self.optimizer = None
 
     def check(self, name, *more):
         if name not in self.without:
