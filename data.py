@@ -275,10 +275,12 @@ def load_tokenizer(name_or_folder) -> tiktoken.Encoding:
     folder = TINY / "model" if name_or_folder == "tiny" else Path(name_or_folder)
     if (folder / "tokenizer.json").is_file():
         spec = json.loads((folder / "tokenizer.json").read_bytes())
-        vocab, merges, cut = spec["model"]["vocab"], spec["model"]["merges"], spec["pre_tokenizer"]
+        model, cut = spec["model"], {"use_regex": True, **(spec.get("pre_tokenizer") or {})}
+        vocab, merges = model["vocab"], model.get("merges", [])
         special = {token["content"]: token["id"] for token in spec["added_tokens"]}
         others = [token["content"] for token in spec["added_tokens"] if not token["special"]]
-        usual = bool(cut) and cut["type"] == "ByteLevel" and not cut["add_prefix_space"]
+        kind = [cut.get(key) for key in ("type", "use_regex", "add_prefix_space")]
+        usual = kind == ["ByteLevel", True, False] and not spec.get("normalizer")
     else:
         vocab, usual = json.loads((folder / "vocab.json").read_bytes()), True
         merges = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()

@@ -358,13 +358,13 @@ def compare(first, second):
     return result
 
 
-def load_model(name: str | Path, device):
-    """(model in eval mode, tokenizer)"""
+def load_model(name: str | Path, device, dropout=0.0, tie: bool | None = None):
+    """(model in eval mode, tokenizer); dropout and tie as GPT.from_pretrained takes them."""
     from data import load_tokenizer
     from gpt import GPT, locate
     from lora import load_lora
     folder, adapter = locate(name)
-    model = GPT.from_pretrained(folder)
+    model = GPT.from_pretrained(folder, dropout, tie)
     if adapter:
         load_lora(model, adapter)
     return model.to(device).eval(), load_tokenizer(folder)

@@ -1,9 +1,9 @@
 """Instruction finetuning of GPT-2 under a freeze policy that is proved.
 
-`--trainable` becomes an exact set of parameters, or is refused. It is checked on the model, on the
-optimizer, on the gradients of the first two steps and, at the end, byte by byte. The training loop
-is `train`; `run` is the table of contents. A step's loss is the sum over its supervised tokens
-divided by their number. The same seed, data and flags give the same weights, interrupted or not.
+`--trainable` becomes an exact set of parameters, or is refused. It is checked on the model, the
+optimizer, the gradients of the first two steps and, at the end, byte by byte. The training loop is
+`train`; `run` is the table of contents. A step's loss is the sum over its supervised tokens divided
+by their number. The same seed, data and flags give the same weights, interrupted or not.
 
     python finetune.py                                           # the embedded model and data
     python finetune.py --lora-r 16 --model gpt2 --data my-records.json
@@ -11,7 +11,6 @@ divided by their number. The same seed, data and flags give the same weights, in
 """
 
 import argparse
-import ctypes
 import hashlib
 import json
 import math
@@ -27,11 +26,6 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -40,28 +34,28 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from data import (DATASETS, TEMPLATES, batches, collate, copy_tokenizer, encode_examples,
-                  load_parts, load_tokenizer, marker_note)
-from evaluate import exact_match, generate_responses, plot_losses, read_records
+                  load_parts, marker_note)
+from evaluate import exact_match, generate_responses, load_model, plot_losses, read_records
 from freeze import ADAPTER, FreezeError, digests, freeze, resolve, schedule, whole
-from gpt import GPT, PUBLISHED, choose_device, locate, read_json, write_json
-from lora import add_lora, load_lora, save_lora
+from gpt import (GPT, PUBLISHED, choose_attention, choose_device, keep_freed_memory, locate,
+                 multiply_with_onednn, read_config, read_json, write_json)
+from lora import add_lora, save_lora
 
 HEAD_ROWS = 1024  # positions whose logits are in memory at one time
-EVAL_RECORDS = 200  # of a validation while training; the last one takes all
-CHECKPOINT_SECONDS = 600  # between checkpoints, where --checkpoint-every does not say
+CHECKPOINT_SECONDS = 600  # where --checkpoint-every does not say
 SETTINGS = ("out", "resume", "overwrite", "eval_every", "checkpoint_every", "no_responses",
             "device", "recompute")  # flags that may differ when a run is resumed
+# What a run and its evaluation write, and --overwrite removes.
 WRITTEN = ("run.json", "metrics.jsonl", "model", "adapter", "responses.jsonl", "scores.json",
-           "loss.png", "judge-*.jsonl", "checkpoint.*")  # what --overwrite removes
-STATE = ("step", "tokens", "seconds", "losses", "val_loss", "proofs", "logged")  # a Job's
+           "loss.png", "compare.png", "judge-*", "canaries-*", "pairs-*", "checkpoint.*")
+STATE = ("step", "tokens", "seconds", "losses", "val_loss", "proofs", "logged")  # of a Job
 say = partial(print, flush=True)
-
 
 @dataclass(frozen=True)
 class Machine:
     """What a run computes on, and which of how many processes this is."""
     device: torch.device
-    dtype: torch.dtype = torch.float32  # of matrix products; weights are float32
+    dtype: torch.dtype = torch.float32  # of products; weights are float32
     rank: int = 0
     world: int = 1
 
@@ -69,15 +63,9 @@ class Machine:
         """A context in which matrix products have this dtype."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def wait(self) -> None:
-        """Let all processes come so far."""
-        if self.world > 1:
-            dist.barrier()
-
-
 @dataclass
 class Job:
-    """One run: what it learns from, how, on what, where it writes, and how far it is."""
+    """One run: what it learns from, how, on what, where to, and how far it is."""
     out: Path
     record: dict  # the head of run.json: flags, versions, data, weights
     recipe: argparse.Namespace  # those flags, with the defaults filled in
@@ -96,15 +84,13 @@ class Job:
     proofs: list[dict] = field(default_factory=list)  # of the spans that are finished
     logged: int = 0  # bytes of metrics.jsonl
 
-
-def n_targets(batch: list, loss_on: str) -> int:
+def n_targets(batch, loss_on: str) -> int:
     """How many tokens of a batch are supervised."""
     return sum(len(e.ids) - (e.n_prompt if loss_on == "response" else 1) for e in batch)
 
-
-def loss_sum(model: GPT, batch: list, loss_on: str, machine: Machine, prefix=None) -> Tensor:
-    """Cross-entropy in nats, summed over the supervised tokens. The head is applied only to them,
-    HEAD_ROWS at a time: all logits would be by far the largest tensor of a step."""
+def loss_sum(model, batch, loss_on: str, machine, prefix=None) -> Tensor:
+    """Cross-entropy in nats, summed over the supervised tokens. The head is applied to them alone,
+    HEAD_ROWS at a time: all logits would be the largest tensor of a step."""
     inputs, targets = collate(batch, loss_on)  # (B, T) each
     wanted = (targets.flatten() != -100).nonzero()[:, 0]  # (N,), on the CPU: no GPU waits
     choose_attention(machine.device, machine.dtype, inputs.shape[1])
@@ -123,37 +109,33 @@ def loss_sum(model: GPT, batch: list, loss_on: str, machine: Machine, prefix=Non
         parts = zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS))
         return sum(checkpoint(loss, h, t, use_reentrant=False) for h, t in parts)
 
-
-def sorted_chunks(encoded: list, size: int) -> list[list]:
-    """Examples of similar length in chunks of `size`."""
+def chunks(encoded, size: int) -> list[list]:
+    """Examples of similar length, `size` at a time."""
     order = sorted(encoded, key=lambda e: len(e.ids))
     return [order[i:i + size] for i in range(0, len(order), size)]
 
-
 @torch.no_grad()
-def mean_loss(model: GPT, encoded: list, job: Job) -> float:
-    """Loss per supervised token; every process computes all of it."""
+def mean_loss(model, job) -> float:
+    """Loss per supervised token of the validation part; every process computes all of it."""
     model.eval()
     total = sum(float(loss_sum(model, chunk, job.recipe.loss_on, job.machine, job.prefix))
-                for chunk in sorted_chunks(encoded, job.recipe.batch_size))
+                for chunk in chunks(job.val, job.recipe.batch_size))
     if hasattr(model, "reshard"):
         model.reshard()  # after a forward pass its outermost tensors are still whole
-    return total / n_targets(encoded, job.recipe.loss_on)
-
+    return total / n_targets(job.val, job.recipe.loss_on)
 
 @torch.no_grad()
-def cache_prefix(model: GPT, last: int, encoded: list, size: int, machine: Machine) -> dict:
-    """What the blocks below `last`, all frozen, give for each example, (T, C): computed once
-    (AutoFreeze, arXiv 2102.01386), in fixed groups, on which the last bits of a product depend."""
+def cache_prefix(model, last: int, job) -> dict:
+    """What the frozen blocks below `last` give for each example, (T, C): computed once (AutoFreeze,
+    arXiv 2102.01386), in fixed groups, on which the last bits of a product depend."""
     model.eval()
     cached = {}
-    for chunk in sorted_chunks(encoded, size):
-        with machine.autocast():
-            x = model.embed(collate(chunk)[0].to(machine.device))
+    for chunk in chunks(job.train + job.val, job.recipe.batch_size):
+        with job.machine.autocast():
+            x = model.embed(collate(chunk)[0].to(job.machine.device))
             x = model.run_blocks(x, 0, last).float().cpu()  # (B, T, C)
         cached |= {id(e): row[:len(e.ids) - 1].clone() for e, row in zip(chunk, x)}
     return cached
-
 
 def rate_at(step: int, total: int, warmup: float, schedule: str) -> float:
     """Share of the peak rate at a step from 0, never zero. `warmup`: steps, or below 1 a share."""
@@ -164,23 +146,19 @@ def rate_at(step: int, total: int, warmup: float, schedule: str) -> float:
     falling = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
     return falling[schedule]
 
+def block_of(name: str, n_layer: int) -> int:
+    """The block that a parameter belongs to; -1: the embeddings, n_layer: above the blocks."""
+    if name.startswith("h."):
+        return int(name.split(".")[1])
+    return -1 if name.startswith(("wte.", "wpe.")) else n_layer
 
-def lowest_block(names, n_layer: int) -> int:
-    """The lowest block that the backward pass enters when these parameters train; n_layer: none."""
-    if any(name.startswith(("wte.", "wpe.")) for name in names):
-        return 0
-    matches = [re.match(r"h\.(\d+)\.", name) for name in names]
-    return min([int(match[1]) for match in matches if match], default=n_layer)
-
-
-def build_optimizer(model: GPT, plan, recipe, before=None) -> torch.optim.AdamW:
-    """AdamW over exactly plan.parameters(), by rate and weight decay, with the moments that the
-    optimizer `before` has of what goes on training."""
+def build_optimizer(model, plan, recipe, before=None) -> torch.optim.AdamW:
+    """AdamW over plan.parameters(), with the moments that the optimizer `before` has of them."""
     mixed = len({bool(ADAPTER.search(name)) for name in plan.trainable}) == 2
-    groups, top = {}, model.config.n_layer - 1
+    groups, n = {}, model.config.n_layer
     for name, p in model.named_parameters():
         if p.requires_grad:
-            rate = recipe.lr * recipe.lr_decay ** max(0, top - lowest_block([name], top + 1))
+            rate = recipe.lr * recipe.lr_decay ** max(0, n - 1 - block_of(name, n))
             rate *= 10 if mixed and ADAPTER.search(name) else 1  # as adapters beside weights want
             groups.setdefault((rate, recipe.weight_decay if p.dim() > 1 else 0.0), []).append(p)
     optimizer = torch.optim.AdamW([{"params": ps, "lr": rate, "peak": rate, "weight_decay": decay}
@@ -189,10 +167,9 @@ def build_optimizer(model: GPT, plan, recipe, before=None) -> torch.optim.AdamW:
     optimizer.state.update({p: before.state[p] for p in goes_on})
     return optimizer
 
-
-def train(model: GPT, plan, optimizer, first: int, end: int, job: Job, noted: list) -> bool:
-    """The training loop: what is left of the steps `first` to `end` - 1. False where a signal that
-    was `noted` ended it: then a checkpoint has been written."""
+def train(model, plan, optimizer, first: int, end: int, job, noted) -> bool:
+    """The training loop: what is left of the steps `first` to `end` - 1. False if a signal, which
+    is `noted`, ended it; then there is a checkpoint."""
     machine, recipe, saved = job.machine, job.recipe, time.monotonic()
     total, parameters = len(job.order), plan.parameters()
     for step in range(job.step, end):
@@ -211,9 +188,9 @@ def train(model: GPT, plan, optimizer, first: int, end: int, job: Job, noted: li
             part_loss.backward()
             loss += part_loss.item()
         late = time.monotonic() - saved > CHECKPOINT_SECONDS
-        sums = torch.tensor([loss, len(noted), late], dtype=torch.float64)
-        for tensor in [sums] + [p.grad for p in parameters] if machine.world > 1 else ():
-            if not hasattr(tensor, "full_tensor"):  # sharded gradients are added up already
+        sums = torch.tensor([loss, len(noted), late])
+        for tensor in [sums.to(machine.device), *(p.grad for p in parameters)]:
+            if machine.world > 1 and not hasattr(tensor, "full_tensor"):  # those of FSDP are summed
                 dist.all_reduce(tensor)
         loss, stop, late = sums.tolist()
 
@@ -236,7 +213,7 @@ def train(model: GPT, plan, optimizer, first: int, end: int, job: Job, noted: li
         job.losses = (job.losses + [loss])[-recipe.eval_every:]
         last = job.step == total
         if last or job.step % recipe.eval_every == 0:
-            job.val_loss = mean_loss(model, job.val[:None if last else EVAL_RECORDS], job)
+            job.val_loss = mean_loss(model, job)
             if not math.isfinite(job.val_loss):
                 raise ArithmeticError(f"step {step + 1}: val loss {job.val_loss}; lower --lr")
         log(job, epoch + 1, loss, rate, norm, indices)
@@ -250,10 +227,9 @@ def train(model: GPT, plan, optimizer, first: int, end: int, job: Job, noted: li
             return False
     return True
 
-
-def train_in_spans(model: GPT, job: Job, saved: dict | None, noted: list) -> bool:
-    """Train each span of the schedule under a plan of its own, proved on its own; a resumed run
-    goes on in the middle of one, from what its checkpoint `saved`. False as in `train`."""
+def train_in_spans(model, job, saved: dict | None, noted) -> bool:
+    """Train each span under a plan of its own, proved on its own; a resumed run goes on in the
+    middle of one, from what its checkpoint `saved`. False as in `train`."""
     optimizer, ends = None, [first for first, _ in job.spans[1:]] + [len(job.order)]
     for i in range(len(job.proofs), len(job.spans)):
         (first, policy), end = job.spans[i], ends[i]
@@ -278,8 +254,7 @@ def train_in_spans(model: GPT, job: Job, saved: dict | None, noted: list) -> boo
                            "checks": dict(plan.checks)})
     return True
 
-
-def log(job: Job, epoch: int, loss: float, rate: float, norm: float, indices: list) -> None:
+def log(job, epoch: int, loss: float, rate: float, norm: float, indices) -> None:
     """A line of metrics.jsonl, and the line that the user watches."""
     left = len(job.order) - job.step
     validated = left == 0 or job.step % job.recipe.eval_every == 0
@@ -291,19 +266,16 @@ def log(job: Job, epoch: int, loss: float, rate: float, norm: float, indices: li
         with open(job.out / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
             job.logged = file.tell()
-    text = (f"step {job.step}/{len(job.order)}, epoch {epoch}: train {loss:.3f}, val "
-            f"{job.val_loss:.3f}; {job.tokens / job.seconds:,.0f} tokens/s, "
-            f"{job.seconds / job.step * left:.0f} s left")
+    text = (f"step {job.step}/{len(job.order)}: loss {loss:.3f}, val {job.val_loss:.3f}, "
+            f"{job.tokens / job.seconds:,.0f} tokens/s, ETA {job.seconds / job.step * left:.0f} s")
     if sys.stdout.isatty():  # one line that is updated
-        width = shutil.get_terminal_size().columns - 1
-        say("\r" + text[:width].ljust(width), end="\n" if validated else "")
+        say("\r" + text.ljust(shutil.get_terminal_size().columns - 1), end="\n" * validated)
     elif validated:
         say(text)
 
-
-def save_checkpoint(job: Job, model: GPT, plan, optimizer) -> None:
-    """Write checkpoint.pt whole or not at all, its sha256 at its end; the one before it becomes
-    checkpoint.prev.pt. It holds what has trained so far. Every process must call this."""
+def save_checkpoint(job, model, plan, optimizer) -> None:
+    """Write what has trained to checkpoint.pt, whole or not at all, its sha256 at the end; the one
+    before becomes checkpoint.prev.pt. Every process must call this."""
     trained = set(plan.trainable).union(*(proof["trainable"] for proof in job.proofs))
     named = {name: p for name, p in model.named_parameters() if name in trained}
     gather = lambda tensors: {key: whole(t.detach()).cpu() for key, t in tensors.items()}
@@ -313,41 +285,33 @@ def save_checkpoint(job: Job, model: GPT, plan, optimizer) -> None:
     if job.machine.rank > 0:
         return
     path, temp = job.out / "checkpoint.pt", job.out / "checkpoint.tmp"
-    try:
-        torch.save(content, temp)
-        with open(temp, "r+b") as file:
-            digest = hashlib.sha256(mmap.mmap(file.fileno(), 0)).digest()
-            file.seek(0, os.SEEK_END)
-            file.write(digest)  # torch.load does not mind what follows
-            os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:  # torch's own says nothing of a full disk
-        temp.unlink(missing_ok=True)
-        raise OSError(f"{path}: not written, is the disk full? ({error})") from None
+    torch.save(content, temp)
+    with open(temp, "r+b") as file:
+        digest = hashlib.sha256(mmap.mmap(file.fileno(), 0)).digest()
+        file.seek(0, os.SEEK_END)
+        file.write(digest)  # torch.load does not mind what follows
+        os.fsync(file.fileno())
     if path.exists():
         os.replace(path, job.out / "checkpoint.prev.pt")
     os.replace(temp, path)
 
-
-def load_checkpoint(job: Job, model: GPT) -> dict:
+def load_checkpoint(job, model) -> dict:
     """Put weights and state of the newer intact checkpoint in place; returns all that it holds."""
     for path in (job.out / "checkpoint.pt", job.out / "checkpoint.prev.pt"):
-        if not path.exists():
-            continue
-        with open(path, "rb") as file:
-            content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        if hashlib.sha256(content[:-32]).digest() != content[-32:]:
+        content = path.read_bytes() if path.exists() else b""
+        if hashlib.sha256(memoryview(content)[:-32]).digest() == content[-32:]:
+            del content
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            refuse_another_run(saved["record"], job)
+            model.load_state_dict(saved["weights"], strict=False)
+            vars(job).update(saved["state"])
+            os.truncate(job.out / "metrics.jsonl", job.logged)  # later steps are taken again
+            return saved
+        if path.exists():
             say(f"note     {path} is damaged and passed over")
-            continue
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        refuse_another_run(saved["record"], job)
-        model.load_state_dict(saved["weights"], strict=False)
-        vars(job).update(saved["state"])
-        os.truncate(job.out / "metrics.jsonl", job.logged)  # later steps are taken again
-        return saved
     raise FileNotFoundError(f"--resume: no intact checkpoint in {job.out}; start anew: --overwrite")
 
-
-def put_back(saved: dict, model: GPT, plan, optimizer) -> None:
+def put_back(saved: dict, model, plan, optimizer) -> None:
     """Go on with a checkpoint's moments, and with its proof of this span."""
     from torch.distributed.tensor import distribute_tensor
     for name, p in model.named_parameters():
@@ -358,19 +322,17 @@ def put_back(saved: dict, model: GPT, plan, optimizer) -> None:
             optimizer.state[p][key] = value
     plan.resume(model, saved["proof"])
 
-
-def refuse_another_run(then: dict, job: Job) -> None:
+def refuse_another_run(then: dict, job) -> None:
     """ValueError unless the head of a run.json describes this run."""
     then, now = ({**record["flags"], "data": record["data"]["sha256"], "weights": record["weights"]}
                  for record in (then, job.record))
-    differ = [f"{key} was {then.get(key)!r}, is {now.get(key)!r}" for key in sorted(then | now)
-              if key not in SETTINGS and then.get(key) != now.get(key)]
-    if differ:
-        raise ValueError(f"--resume: {job.out} holds another run: {'; '.join(differ)}")
-
+    for key in sorted((then | now).keys() - set(SETTINGS)):
+        if then.get(key) != now.get(key):
+            raise ValueError(f"--resume: another run is in {job.out}: {key} was {then.get(key)}, "
+                             f"is {now.get(key)}")
 
 def join_processes(device: str, dtype: str) -> Machine:
-    """This process among those that torchrun has started, or alone. Only the first one prints."""
+    """This process among those of torchrun, or alone. Only the first one prints."""
     place, world = choose_device(device), int(os.environ.get("WORLD_SIZE", 1))
     cuda = place.type == "cuda"
     fast = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -379,14 +341,12 @@ def join_processes(device: str, dtype: str) -> Machine:
         return Machine(place, chosen)
     if cuda:
         torch.cuda.set_device(place)
-    patience = timedelta(days=1)  # with one that downloads; torchrun notices those that died
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=patience)
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=1))
     if dist.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")
     return Machine(place, chosen, dist.get_rank(), world)
 
-
-def shard(model: GPT, machine: Machine) -> None:
+def shard(model, machine) -> None:
     """Leave each process a part of every tensor; a block's are put together while it runs."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -397,73 +357,35 @@ def shard(model: GPT, machine: Machine) -> None:
         module.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(model, "features")
 
-
-def load_model(name: str, device: str, dropout: float, untie: bool):
-    folder, adapter = locate(name)
-    model = GPT.from_pretrained(folder, dropout, False if untie else None)
-    if adapter:
-        load_lora(model, adapter)
-    return model.to(device), load_tokenizer(folder)
-
-
-def choose_attention(device: torch.device, dtype: torch.dtype, length: int) -> None:
-    """The products of the CPU's flash kernel are small for short texts: without it attention is
-    1.75 times as fast at 100 tokens, and half as fast at 1,024."""
-    without = device.type == "cpu" and dtype == torch.float32 and length <= 256
-    torch.backends.cuda.enable_flash_sdp(not without)
-
-
-def keep_freed_memory() -> None:
-    """A step frees and takes the same gigabytes again. glibc would give them back to the kernel,
-    which clears page after page; oneDNN would keep a workspace for every length of the data."""
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "24")
-    os.environ.setdefault("LRU_CACHE_CAPACITY", "1")  # torch's own, on top
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None:
-        mallopt(-3, 1 << 30) or mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD; old glibc: 32 MiB
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: none
-
-
-def multiply_with_onednn() -> None:
-    """oneDNN uses AVX-512 where MKL, torch's choice, does not: on AMD, up to twice as fast. torch
-    takes it for fp32 only where rounding to bf16 is allowed; test products find the CPUs that would
-    really round (AMX, Arm)."""
-    matmul = torch.backends.mkldnn.matmul
-    matmul.fp32_precision = "bf16"
-    x = torch.full((256, 256), 1 + 2**-12)  # 1 in bf16
-    products = x @ x, x.t() @ x, x[:8] @ x.t(), torch.bmm(x[None], x[None])
-    if not all(torch.allclose(y / 256, x[0, 0].square(), rtol=1e-6, atol=0) for y in products):
-        matmul.fp32_precision = "none"
-
-
-def fill_in(flags: dict, model: GPT, machine: Machine) -> dict:
+def fill_in(flags: dict, model, machine) -> dict:
     """The flags with the defaults that depend on the model, and with paths that stay valid."""
     weights = {name: p.numel() for name, p in model.named_parameters()}
     small = sum(size for name, size in weights.items() if not ADAPTER.search(name)) < 10_000_000
     policy = flags["trainable"] or ("lora" if any(map(ADAPTER.search, weights)) else "all")
-    name = [Path(flags["model"]).name, policy, f"r{flags['lora_r']}" if flags["lora_r"] else "",
-            "" if flags["data"] == "tiny" else Path(flags["data"]).stem]
-    rate = (3e-4 if small else 5e-5) * (10 if policy == "lora" else 1)
-    chosen = {"trainable": policy, "lr": rate, "epochs": 3 if small else 2,
-              "batch_size": 16 if small else 8, "max_length": model.config.block_size,
-              "out": "runs/" + re.sub(r"[^\w.,-]+", "_", "-".join(filter(None, name)))}
+    name = f"{Path(flags['model']).name}-{policy}"
+    name += f"-r{flags['lora_r']}" if flags["lora_r"] else ""
+    name += "" if flags["data"] == "tiny" else f"-{Path(flags['data']).stem}"
+    chosen = {"trainable": policy, "out": "runs/" + re.sub(r"[^\w.,-]+", "_", name),
+              "lr": (3e-4 if small else 5e-5) * (10 if policy == "lora" else 1),
+              "epochs": 3 if small else 2, "batch_size": 16 if small else 8,
+              "max_length": model.config.block_size}
     flags = flags | {key: value for key, value in chosen.items() if flags[key] is None}
     for key, names in (("model", ("tiny", *PUBLISHED)), ("data", ("tiny", *DATASETS))):
         flags[key] = flags[key] if flags[key] in names else str(Path(flags[key]).absolute())
     return flags | {"dtype": str(machine.dtype).partition(".")[2], "processes": machine.world}
 
-
-def prepare(flags: dict, parts, model: GPT, tokenizer, machine: Machine) -> Job:
-    """What the run will do, from its flags and records: examples, the order of steps, spans."""
+def prepare(flags: dict, parts, model, tokenizer, machine) -> Job:
+    """What the run will do: its examples, the order of its steps, its spans."""
     recipe = argparse.Namespace(**flags)
     records, how = parts.train[:recipe.max_examples], (recipe.template, recipe.max_length)
     train_set, kept = encode_examples(records, tokenizer, *how)
     val_set, _ = encode_examples(parts.val, tokenizer, *how)
     dropped = len(records) + len(parts.val) - len(train_set) - len(val_set)
     cut = sum(e.ids[-1] != tokenizer.eot_token for e in train_set + val_set)
-    lost = f"{dropped} records have no answer within {how[1]} tokens and are dropped, {cut} are cut"
-    for note in [*parts.notes, marker_note(tokenizer, how[0]), lost if dropped or cut else None]:
-        if note:
-            say(f"note     {note}")
+    lost = f"within {how[1]} tokens {dropped} records have no answer (dropped), {cut} are cut"
+    notes = [*parts.notes, marker_note(tokenizer, recipe.template), (dropped or cut) and lost]
+    for note in filter(None, notes):
+        say(f"note     {note}")
     account = {"name": flags["data"], "sha256": parts.sha256, "split": parts.split,
                "rows": parts.rows, "used": len(train_set), "dropped": dropped, "truncated": cut}
     per_step = recipe.batch_size * recipe.grad_accum * machine.world
@@ -472,54 +394,54 @@ def prepare(flags: dict, parts, model: GPT, tokenizer, machine: Machine) -> Job:
     order = [(epoch, step) for epoch, steps in enumerate(epochs) for step in steps]
     order = order[:recipe.max_steps]
     recipe.eval_every = recipe.eval_every or max(1, len(order) // 10)
-    n_layer, policy = model.config.n_layer, recipe.trainable
-    spans = schedule(policy, n_layer, len(order), len(epochs[0]), recipe.seed)
+    spans = schedule(recipe.trainable, model.config.n_layer, len(order), len(epochs[0]),
+                     recipe.seed)
     weights = repr(digests(dict(model.named_parameters()))).encode()
     record = {"flags": flags, "data": account, "weights": hashlib.sha256(weights).hexdigest(),
               "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
     return Job(Path(flags["out"]), record, recipe, machine, train_set, val_set,
                [parts.positions[i] for i in kept], order, spans)
 
-
-def lowest_trained(model: GPT, job: Job) -> int:
+def lowest_trained(model, job) -> int:
     """The lowest block that trains in any span; ValueError for a flag that has no effect then."""
     names = set().union(*(resolve(model, policy) for policy in {p for _, p in job.spans}))
-    recipe, layer = job.recipe, lowest_block(names, model.config.n_layer)
-    for flag, idle in (("lora_r: no adapter", not any(map(ADAPTER.search, names))),
-                       ("cache_prefix: the lowest block", layer == 0),
-                       ("fsdp: not always the same", len(job.spans) > 1)):
-        if idle and getattr(recipe, flag.partition(":")[0]):
-            raise ValueError(f"--{flag.replace('_', '-')} trains under {recipe.trainable!r}")
+    recipe = job.recipe
+    layer = max(0, min(block_of(name, model.config.n_layer) for name in names))
+    for flag, idle in (("lora-r", recipe.lora_r and not any(map(ADAPTER.search, names))),
+                       ("cache-prefix", recipe.cache_prefix and layer == 0),
+                       ("fsdp", recipe.fsdp and len(job.spans) > 1)):
+        if idle:
+            raise ValueError(f"--{flag} does not go with --trainable {recipe.trainable}")
     return layer
 
-
-def claim(out: Path, resume: bool, overwrite: bool, sources: list, machine: Machine) -> None:
-    """Make the run folder, without what an earlier run wrote, unless that is resumed. OSError
-    unless it is free, or holds a run that may be replaced or resumed."""
+def claim(out: Path, resume: bool, overwrite: bool, sources: list, machine) -> None:
+    """Make the run folder, without what an earlier run wrote unless that is resumed. OSError unless
+    it is free, or holds a run that may be replaced or resumed."""
     held = (out / "metrics.jsonl").exists() or (out / "run.json").exists()
     if resume and not held:
         raise FileNotFoundError(f"--resume: no run in {out}")
     if held and not (resume or overwrite):
-        raise FileExistsError(f"--out {out}: holds a run; --resume goes on with it, --overwrite "
-                              "replaces it, another --out keeps it")
-    if out.exists() and not held and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"--out {out}: holds something that is no run; choose another")
-    if any(path and path.resolve().is_relative_to(out.resolve()) for path in sources):
-        raise FileExistsError(f"--out {out}: holds the model that this run starts from")
-    machine.wait()  # all have seen the folder as it was
+        raise FileExistsError(f"{out} holds a run: --resume, --overwrite, or another --out")
+    foreign = out.exists() and not held and (not out.is_dir() or any(out.iterdir()))
+    if foreign or any(path and path.resolve().is_relative_to(out.resolve()) for path in sources):
+        raise FileExistsError(f"{out} holds what is no run, or the model: take another --out")
+    if machine.world > 1:
+        dist.barrier()  # all have seen the folder as it was
     if machine.rank == 0 and not resume:
         out.mkdir(parents=True, exist_ok=True)
         for path in [path for name in WRITTEN for path in out.glob(name)]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-
 def run(args) -> int:
     """Load, freeze, prove, train, prove again, save, answer; returns the exit code."""
     machine = join_processes(args.device, args.dtype)
     if args.fsdp and machine.world == 1:
-        raise ValueError("--fsdp: there is one process; start several with torchrun")
+        raise ValueError("--fsdp: there is one process; torchrun starts several")
     (folder, adapter), parts = locate(args.model), load_parts(args.data)
-    model, tokenizer = load_model(args.model, "cpu", args.dropout, args.untie_head)
+    if args.untie_head and not read_config(folder).tie_word_embeddings:
+        raise ValueError("--untie-head: the head of this model has weights of its own already")
+    tie = False if args.untie_head else None
+    model, tokenizer = load_model(args.model, "cpu", args.dropout, tie)
     torch.manual_seed(args.seed)
     if args.lora_r:
         targets = (args.lora_targets or "c_attn,c_proj,c_fc").split(",")
@@ -546,8 +468,7 @@ def run(args) -> int:
     if args.fsdp:
         shard(model, machine)
     if args.cache_prefix:
-        examples, size = job.train + job.val, job.recipe.batch_size
-        job.prefix = layer, cache_prefix(model, layer, examples, size, machine)
+        job.prefix = layer, cache_prefix(model, layer, job)
     noted = []  # signals: the step at hand is finished first
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: noted.append(number))
@@ -560,19 +481,23 @@ def run(args) -> int:
     for module in model.modules():
         if hasattr(module, "unshard"):
             module.unshard()  # put together again, in every process
-    machine.wait()
+    if machine.world > 1:
+        dist.barrier()
     if machine.rank == 0:
         finish(job, model, folder, tokenizer, [] if args.no_responses else parts.test)
     return 0
 
-
-def finish(job: Job, model: GPT, folder: Path, tokenizer, test: list) -> None:
+def finish(job, model, folder: Path, tokenizer, test: list) -> None:
     """Save what was trained and run.json, then answer the test records."""
-    out, base, device = job.out, folder, job.machine.device
+    out, base = job.out, folder
     limit = min(model.config.block_size, 2 * max(len(e.ids) - e.n_prompt for e in job.train))
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else 0
-    memory *= 1 if sys.platform == "darwin" else 1024  # bytes
-    memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else memory
+    memory = 0
+    if job.machine.device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(job.machine.device)
+    elif os.name == "posix":
+        import resource
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        memory *= 1 if sys.platform == "darwin" else 1024  # bytes
     figures = {"steps": job.step, "train_loss": sum(job.losses) / len(job.losses),
                "val_loss": job.val_loss, "exact_match": None, "seconds": round(job.seconds, 3),
                "tokens_per_second": round(job.tokens / job.seconds, 1), "max_new_tokens": limit,
@@ -590,9 +515,9 @@ def finish(job: Job, model: GPT, folder: Path, tokenizer, test: list) -> None:
         path.unlink()
     plot_losses(read_records(out / "metrics.jsonl"), out / "loss.png")
     frozen, checks = job.proofs[-1]["frozen"], sum(sum(p["checks"].values()) for p in job.proofs)
-    say(f"trained  {job.step} steps in {job.seconds:.0f} s, {job.tokens / job.seconds:,.0f} "
-        f"tokens/s, val loss {job.val_loss:.3f}, {memory / 2**30:.2f} GiB")
-    say(f"proved   {len(frozen)} frozen tensors are bit-identical, {len(trained)} have trained; "
+    say(f"trained  {job.step} steps in {job.seconds:.0f} s, val loss {job.val_loss:.3f}, "
+        f"{memory / 2**30:.2f} GiB\n"
+        f"proved   {len(frozen)} frozen tensors are bit-identical, {len(trained)} have trained; "
         f"{checks} checks passed")
     if test:
         answers = generate_responses(model, tokenizer, test, job.recipe.template, limit,
@@ -600,16 +525,12 @@ def finish(job: Job, model: GPT, folder: Path, tokenizer, test: list) -> None:
         right = [r["ended"] and exact_match(r["model_response"], r["output"]) for r in answers]
         figures["exact_match"] = sum(right) / len(right)
         write_json(out / "run.json", record)
-        for r in answers[:3]:
-            say(f"answer   {r['instruction'][-60:]!r} -> {r['model_response'][:60]!r}")
         say(f"test     {figures['exact_match']:.1%} of {len(right)} answers are exactly right")
     say(f"saved    {out}")
-
 
 def parse_args(argv=None):
     """The flags, in reading order."""
     parser = argparse.ArgumentParser(
-        description="Finetune a GPT-2 on instructions; prove what was frozen and what trained.",
         epilog="auto: models below 10 M parameters take lr 3e-4, 3 epochs, batches of 16; larger "
         "ones lr 5e-5, 2 epochs, batches of 8. Adapters learn ten times as fast as full weights.")
     parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
@@ -626,33 +547,33 @@ def parse_args(argv=None):
     add("--rslora", action="store_true", help="scale by alpha / sqrt(r), not alpha / r")
     add("--untie-head", action="store_true", help="give the head its own copy of the embedding")
     add = parser.add_argument_group("data").add_argument
-    add("--template", choices=list(TEMPLATES), default="alpaca", help="of prompts")
-    add("--loss-on", choices=["response", "all"], default="response", help="which tokens count")
+    add("--template", choices=list(TEMPLATES), default="alpaca", help="of prompts (alpaca)")
+    add("--loss-on", choices=["response", "all"], default="response", help="(response)")
     add("--max-length", type=int, help="tokens of an example (default: all that fit)")
     add("--max-examples", type=int, help="train on the first so many records")
     add = parser.add_argument_group("optimization").add_argument
-    add("--epochs", type=int, help="passes over the training part (default: auto)")
-    add("--batch-size", type=int, help="examples in a micro-batch (default: auto)")
-    add("--grad-accum", type=int, default=1, help="micro-batches in a step")
-    add("--lr", type=float, help="peak learning rate (default: auto)")
-    add("--lr-decay", type=float, default=1.0, help="factor for each block away from the head")
-    add("--dropout", type=float, default=0.0, help="in the model")
-    add("--weight-decay", type=float, default=0.1, help="on matrices")
-    add("--warmup", type=float, default=0.05, help="steps, or below 1 a share of them")
-    add("--schedule", choices=["linear", "cosine", "constant"], default="linear", help="of rate")
-    add("--clip", type=float, default=1.0, help="largest gradient norm; 0: do not clip")
-    add("--seed", type=int, default=123, help="of order, adapters and dropout")
+    add("--epochs", type=int, help="passes over the training part (auto)")
+    add("--batch-size", type=int, help="examples in a micro-batch (auto)")
+    add("--grad-accum", type=int, default=1, help="micro-batches in a step (1)")
+    add("--lr", type=float, help="peak learning rate (auto)")
+    add("--lr-decay", type=float, default=1.0, help="factor for each block below the last (1)")
+    add("--dropout", type=float, default=0.0, help="in the model (0)")
+    add("--weight-decay", type=float, default=0.1, help="of matrices (0.1)")
+    add("--warmup", type=float, default=0.05, help="steps, or below 1 a share of them (0.05)")
+    add("--schedule", choices=["linear", "cosine", "constant"], default="linear", help="(linear)")
+    add("--clip", type=float, default=1.0, help="largest gradient norm; 0: do not clip (1)")
+    add("--seed", type=int, default=123, help="of order, adapters and dropout (123)")
     add("--max-steps", type=int, help="stop after so many steps")
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="of matrix products")
-    add("--compile", action="store_true", help="compile the blocks: slow to start, then faster")
-    add("--cache-prefix", action="store_true", help="run the frozen lower blocks once per record")
-    add("--recompute", action="store_true", help="activations again in backward: less memory")
-    add("--fsdp", action="store_true", help="with torchrun: shard the model over the processes")
+    add("--compile", action="store_true", help="the blocks: slow to start, then faster")
+    add("--cache-prefix", action="store_true", help="run the frozen lower blocks once")
+    add("--recompute", action="store_true", help="activations in backward: less memory")
+    add("--fsdp", action="store_true", help="with torchrun: shard the model")
     add = parser.add_argument_group("output").add_argument
-    add("--eval-every", type=int, help="validate every so many steps (default: ten times)")
-    add("--checkpoint-every", type=int, help="in steps (default: every ten minutes)")
+    add("--eval-every", type=int, help="steps (default: ten times a run)")
+    add("--checkpoint-every", type=int, help="steps (default: ten minutes)")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
     add("--overwrite", action="store_true", help="replace the run in --out")
     add("--no-responses", action="store_true", help="do not answer the test prompts")
@@ -668,7 +589,6 @@ def parse_args(argv=None):
         parser.error("--resume and --overwrite, --fsdp and --cache-prefix exclude each other")
     return args
 
-
 def main(argv=None) -> int:
     """Run the command line; what the user gave wrong ends in one line on stderr."""
     args = parse_args(argv)
@@ -682,10 +602,9 @@ def main(argv=None) -> int:
     except (ValueError, OSError, ArithmeticError, FreezeError, torch.OutOfMemoryError) as error:
         message, code = " ".join(str(error).split()), 1
     if os.environ.get("LOCAL_RANK", "0") != "0":
-        time.sleep(5)  # what ends one process mostly ends all: the first one speaks for them
+        time.sleep(5)  # what ends one process mostly ends all: the first one says it
     print(f"error: {message}", file=sys.stderr)
     return code
-
 
 if __name__ == "__main__":
     sys.exit(main())

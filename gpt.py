@@ -1,21 +1,18 @@
 """GPT-2 in plain PyTorch: the model, generation with a KV cache, and its checkpoint folder.
 
-Names are GPT-2's own. Weights lie in nn.Linear layout [out, in]; Hugging Face files hold the four
-matrices of a block as [in, out]. The head is the token embedding, unless the config says otherwise.
-Checked against transformers, torch.nn.TransformerEncoderLayer and the safetensors library.
+Shapes: B rows of T tokens (S with those before), C channels in H heads of D, V ids. Weights lie as
+in nn.Linear, [out, in]. Checked against transformers, torch.nn and safetensors.
 
-    python gpt.py --model tiny --prompt "The capital of France is"     # gpt2 is downloaded
+    python gpt.py --model tiny --prompt "The capital of France is"
 """
 
 import argparse
 import ctypes
 import hashlib
 import json
-import math
 import os
 import re
 import sys
-import time
 import urllib.request
 import warnings
 from contextlib import contextmanager
@@ -26,56 +23,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # nothing here needs it
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Sizes of a GPT-2; the defaults are those of the 124 M model."""
+    """Sizes of a GPT-2; by default the 124 M model's."""
     vocab_size: int = 50257
-    block_size: int = 1024  # longest sequence: positions are learned and absolute
+    block_size: int = 1024  # longest sequence: positions are learned
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
     layer_norm_epsilon: float = 1e-5
-    tie_word_embeddings: bool = True
-
-
-class KVCache:
-    """Keys and values of the tokens so far, and the position (B, S) of each. Rows may end at other
-    lengths (B,) than their neighbours: padding has a position that no token reaches."""
-
-    def __init__(self, batch_size: int, max_length: int, device=None):
-        self.max_length = max_length
-        self.length = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        self.positions = self.length.new_zeros(batch_size, 0)
-        self.stored = {}  # attention module -> keys and values (2, B, H, max_length, D)
-
-    def advance(self, T: int) -> Tensor:
-        """Positions (B, T) of T more tokens; sets the mask (B, 1, T, S) of what they see."""
-        new = self.length[:, None] + torch.arange(T, device=self.length.device)
-        self.length = self.length + T
-        self.positions = torch.cat((self.positions, new), dim=1)
-        self.mask = (self.positions[:, None] <= new[..., None])[:, None]
-        return new
-
-    def append(self, layer: nn.Module, k: Tensor, v: Tensor) -> Tensor:
-        """Store a layer's new k and v (B, H, T, D); returns all of them, (2, B, H, S, D)."""
-        (B, H, T, D), S = k.shape, self.positions.shape[1]
-        if layer not in self.stored:
-            self.stored[layer] = k.new_empty(2, B, H, self.max_length, D)
-        kv = self.stored[layer][:, :, :, :S]
-        kv[0, :, :, S - T:], kv[1, :, :, S - T:] = k, v
-        return kv
-
-    def select(self, rows: list[int]) -> None:
-        """Go on with these rows, in this order; the same row may come several times."""
-        self.length, self.positions = self.length[rows], self.positions[rows]
-        self.stored = {layer: kv[:, rows] for layer, kv in self.stored.items()}
-
+    tie_word_embeddings: bool = True  # the head is the token embedding
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head self-attention in which a token sees itself and what came before."""
-
+    """Multi-head attention: a token sees itself and what came before."""
     def __init__(self, config):
         super().__init__()
         self.n_head, self.dropout = config.n_head, config.dropout
@@ -87,16 +50,13 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
-        if cache is not None:
-            k, v = cache.append(self, k, v)  # (B, H, S, D), the earlier tokens too
-        mask, dropout = cache and cache.mask, self.dropout if self.training else 0.0
+        k, v, mask = cache.append(self, k, v) if cache else (k, v, None)  # (B, H, S, D) twice
+        dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
-
 class MLP(nn.Module):
     """Four times wider, GELU in its tanh form, and back."""
-
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
@@ -106,35 +66,31 @@ class MLP(nn.Module):
     def forward(self, x):
         return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
 
-
 class Block(nn.Module):
-    """Attention, then the MLP; each normalizes its input and adds to the residual stream."""
-
+    """Attention, then the MLP; each normalizes its input and adds to the stream."""
     def __init__(self, config):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.ln_1 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.ln_2 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
     def forward(self, x, cache=None):
         x = x + self.attn(self.ln_1(x), cache)
         return x + self.mlp(self.ln_2(x))
 
-
 class GPT(nn.Module):
-    """GPT-2. Calling it gives logits; `features` stops before the head."""
-
+    """Calling it gives logits; `features` stops before the head."""
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        V, P, C = config.vocab_size, config.block_size, config.n_embd
-        # nn.Embedding(V, C) draws weights, for which torch imports its compiler on the meta device.
+        V, C = config.vocab_size, config.n_embd
+        # nn.Embedding(V, C) draws weights; on "meta" that imports the compiler.
         self.wte = nn.Embedding.from_pretrained(torch.empty(V, C), freeze=False)
-        self.wpe = nn.Embedding.from_pretrained(torch.empty(P, C), freeze=False)
+        self.wpe = nn.Embedding.from_pretrained(torch.empty(config.block_size, C), freeze=False)
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(C, eps=config.layer_norm_epsilon)
+        self.ln_f = nn.LayerNorm(C, config.layer_norm_epsilon)
         self.lm_head = nn.Linear(C, V, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.wte.weight
@@ -143,174 +99,229 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
             elif p.dim() == 2 and not p.is_meta:  # less where 2 n_layer of them add up
                 terms = 2 * config.n_layer if name.endswith("c_proj.weight") else 1
-                nn.init.normal_(p, std=0.02 / math.sqrt(terms))
+                nn.init.normal_(p, std=0.02 / terms**0.5)
 
-    def embed(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
-        """(B, T) int64 -> (B, T, C), what enters the first block."""
+    def embed(self, idx: Tensor, cache=None) -> Tensor:  # (B, T) int64 -> (B, T, C)
         T = idx.shape[1]
-        positions = torch.arange(T, device=idx.device) if cache is None else cache.advance(T)
+        positions = cache.advance(T) if cache else torch.arange(T, device=idx.device)
         return self.drop(self.wte(idx) + self.wpe(positions))
 
-    def run_blocks(self, x: Tensor, first=0, last=None, cache: KVCache | None = None) -> Tensor:
-        """Blocks first to last - 1 (None: to the end), (B, T, C) -> (B, T, C)."""
+    def run_blocks(self, x: Tensor, first=0, last=None, cache=None) -> Tensor:  # to last - 1
         for block in list(self.h)[first:last]:
             x = block(x, cache)
         return x
 
-    def features(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
-        """(B, T) int64 -> (B, T, C) after ln_f; with a cache, idx continues what it holds."""
+    def features(self, idx: Tensor, cache=None) -> Tensor:  # (B, T) int64 -> (B, T, C)
         return self.ln_f(self.run_blocks(self.embed(idx, cache), cache=cache))
 
-    def forward(self, idx: Tensor) -> Tensor:
-        """(B, T) int64 -> logits (B, T, V)."""
+    def forward(self, idx: Tensor) -> Tensor:  # (B, T) int64 -> logits (B, T, V)
         return self.lm_head(self.features(idx))
 
     @classmethod
-    def from_pretrained(cls, name_or_folder: str | Path, dropout: float = 0.0,
-                        tie_word_embeddings: bool | None = None) -> "GPT":
-        """The model of a Hugging Face GPT-2 folder, in float32; tie_word_embeddings=False gives the
-        head a copy of the embedding. ValueError for a tensor that is missing, unexpected, misshapen
-        or not finite, and for the config of another model; OSError for a file that is not there."""
+    def from_pretrained(cls, name_or_folder, dropout=0.0, tie_word_embeddings=None) -> "GPT":
+        """Load a Hugging Face folder, strictly, in float32; tie_word_embeddings=False unties it."""
         folder = model_folder(name_or_folder)
         config, tensors = read_config(folder), read_weights(folder)
         wte, head = tensors.get("wte.weight"), tensors.get("lm_head.weight")
         tied = config.tie_word_embeddings and (wte is None or head is None or wte.equal(head))
-        if tied:  # the file may hold it under either name
+        if tied:  # stored under either name
             tensors["wte.weight"] = tensors["lm_head.weight"] = head if wte is None else wte
-        elif tie_word_embeddings:
-            raise ValueError(f"{folder}: its head differs from the embedding and cannot be tied")
         if tied and tie_word_embeddings is False:
             tied, tensors["lm_head.weight"] = False, tensors["wte.weight"].clone()
-        with torch.device("meta"):  # no time is spent on weights that will be replaced
+        with torch.device("meta"):  # weights come from the file
             model = cls(replace(config, dropout=dropout, tie_word_embeddings=tied))
         try:
             model.load_state_dict(tensors, assign=True)
         except RuntimeError as error:
-            raise ValueError(f"{folder}: {' '.join(str(error).split())[:500]}") from None
+            raise ValueError(f"{folder}: {str(error)[:500]}") from None
         if tied:
             model.lm_head.weight = model.wte.weight
         return model
 
-    def save_pretrained(self, folder: str | Path, base_only=False, eos_id: int | None = None):
-        """Write config.json and model.safetensors as Hugging Face has them; the usual eos_id is the
-        last. ValueError for adapters that were not merged, unless base_only leaves them out."""
-        folder, tensors, config = Path(folder), {}, self.config
+    def save_pretrained(self, folder, base_only=False, eos_id=None):
+        """Write such a folder. Unmerged adapters are an error, unless base_only."""
+        tensors, config = {}, self.config
         for name, p in self.named_parameters():
             if not re.search(r"\blora_", name):
                 key = name if name == "lm_head.weight" else f"transformer.{name}"
                 tensors[key] = p.t() if name.endswith(CONV1D) else p
             elif not base_only:
                 raise ValueError(f"{name} belongs to an adapter: merge it first")
-        write_safetensors(folder / "model.safetensors", tensors)
+        write_safetensors(Path(folder, "model.safetensors"), tensors)
         eos_id = config.vocab_size - 1 if eos_id is None else eos_id
-        write_json(folder / "config.json", {
-            "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2",
-            "bos_token_id": eos_id, "eos_token_id": eos_id,
-            **{key: getattr(config, field) for key, field in CONFIG_KEYS.items()},
-            **dict.fromkeys(["resid_pdrop", "embd_pdrop", "attn_pdrop"], config.dropout)})
+        write_json(Path(folder, "config.json"), {
+            "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "bos_token_id": eos_id,
+            "eos_token_id": eos_id, "n_positions": config.block_size, **vars(config)})
 
+class KVCache:
+    """Keys, values and positions (B, S) of the tokens so far; rows may differ in length."""
+    def __init__(self, batch_size, max_length, device=None):
+        self.max_length = max_length
+        self.length = torch.zeros(batch_size, dtype=int, device=device)
+        self.positions = self.length.new_zeros(batch_size, 0)
+        self.stored = {}  # layer -> (2, B, H, max_length, D)
 
-def sample(logits: Tensor, temperature=0.0, top_k=None, top_p=None, u=None) -> Tensor:
-    """Next ids (B,) from logits (B, V): the largest at temperature 0, else drawn by uniform numbers
-    u (B,) from the top_k largest and of these the fewest that reach top_p (arXiv 1904.09751)."""
+    def advance(self, T: int) -> Tensor:
+        """Positions (B, T) of T more tokens; sets the mask (B, 1, T, S) of what they see."""
+        new = self.length[:, None] + torch.arange(T, device=self.length.device)
+        self.length = self.length + T
+        self.positions = torch.cat((self.positions, new), dim=1)
+        self.mask = (self.positions[:, None] <= new[..., None])[:, None]
+        return new
+
+    def append(self, layer, k: Tensor, v: Tensor):
+        """Store new keys and values (B, H, T, D); returns all (B, H, S, D), and the mask."""
+        (B, H, T, D), S = k.shape, self.positions.shape[1]
+        if layer not in self.stored:
+            self.stored[layer] = k.new_empty(2, B, H, self.max_length, D)
+        keys, values = self.stored[layer][:, :, :, :S]
+        keys[:, :, S - T:], values[:, :, S - T:] = k, v
+        return keys, values, self.mask
+
+    def select(self, rows: list[int]):
+        """Go on with these rows; one may come several times."""
+        self.length, self.positions = self.length[rows], self.positions[rows]
+        self.stored = {layer: kv[:, rows] for layer, kv in self.stored.items()}
+
+def sample(logits: Tensor, temperature=0.0, top_k=None, top_p=None, rng=None) -> Tensor:
+    """(B, V) -> ids (B,): the likeliest, or drawn from top_k, cut at top_p (arXiv 1904.09751)."""
     if temperature == 0:
         return logits.argmax(-1)
-    V = logits.shape[-1]
-    values, ids = logits.float().topk(min(top_k or V, V))  # (B, k) descending; k also among equals
+    values, ids = logits.float().topk(min(top_k or 10**9, logits.shape[-1]))  # (B, k), descending
     probs = F.softmax((values - values[:, :1]) / temperature, dim=-1)
-    if top_p is not None:
-        probs[probs.cumsum(-1) - probs >= top_p] = 0.0  # those before it reach top_p
-    mass = probs.cumsum(-1)
-    drawn = torch.searchsorted(mass, u[:, None] * mass[:, -1:])
-    return ids.gather(1, drawn)[:, 0]
-
+    probs[probs.cumsum(-1) - probs >= (top_p or 2)] = 0.0  # those before it reach top_p
+    return ids.gather(1, torch.multinomial(probs, 1, generator=rng))[:, 0]
 
 @torch.inference_mode()
-def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, *,
-             eos_id: int | None = None, temperature: float = 0.0, top_k: int | None = None,
-             top_p: float | None = None, seed: int | None = None) -> list[list[int]]:
+def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, *, eos_id=None,
+             temperature=0.0, top_k=None, top_p=None, seed=None) -> list[list[int]]:
     """Continue prompts of different lengths in one batch; returns the new ids, without eos. A row
-    leaves the batch at eos_id, after max_new_tokens, or where block_size is full. ValueError for an
-    empty prompt, one that leaves no room for an id, and options that are impossible or idle."""
+    ends at eos_id, after max_new_tokens, or where block_size is full."""
     if not prompts:
         return []
     block_size, device = model.config.block_size, model.wte.weight.device
-    for i, prompt in enumerate(prompts):
-        if not 0 < len(prompt) < block_size:
-            raise ValueError(f"prompt {i} has {len(prompt)} ids, needed are 1 to {block_size - 1}")
-    if (max_new_tokens < 1 or not temperature >= 0 or temperature == 0 and (top_k or top_p)
-            or top_k is not None and top_k < 1 or top_p is not None and not 0 < top_p <= 1):
-        raise ValueError(f"impossible or idle: {max_new_tokens=} {temperature=} {top_k=} {top_p=}")
-    rng = None if seed is None else torch.Generator(device).manual_seed(seed)
     room = [min(max_new_tokens, block_size - len(p)) for p in prompts]
-    modes = {module: module.training for module in model.modules()}
-    adapters = {m: m.active for m in modes if isinstance(getattr(m, "active", None), list)}
-    model.eval()
-
-    # What all prompts begin with is computed once, unless each row has an adapter of its own.
-    shared = [] if adapters else os.path.commonprefix([p[:-1] for p in prompts])
-    cache = KVCache(1, max(map(len, prompts)) + max(room), device)
-    if shared:
-        model.features(torch.tensor([shared], device=device), cache)
-    cache.select([0] * len(prompts))
-    rest = [torch.tensor(p[len(shared):], device=device) for p in prompts]
-    hidden = model.features(nn.utils.rnn.pad_sequence(rest, batch_first=True), cache)  # (B, T, C)
-    cache.length = torch.tensor([len(p) for p in prompts], device=device)
-    cache.positions[cache.positions >= cache.length[:, None]] = block_size  # padding: never seen
-
+    if not all(prompts) or min(room) < 1:
+        raise ValueError(f"prompts of 1 to {block_size - 1} ids are needed; {max_new_tokens=}")
+    if not (temperature >= 0 and (top_k or 1) > 0 and 0 < (1 if top_p is None else top_p) <= 1):
+        raise ValueError(f"impossible: {temperature=} {top_k=} {top_p=}")
+    rng = None if seed is None else torch.Generator(device).manual_seed(seed)
     rows, answers = list(range(len(prompts))), [[] for _ in prompts]  # rows: still in the batch
-    hidden = hidden[rows, [len(ids) - 1 for ids in rest]]  # (B, C)
-    while rows:
-        # Drawn for all prompts: which rows are left changes nothing for the others.
-        u = torch.rand(len(prompts), generator=rng, device=device)[rows] if temperature else None
-        ids = sample(model.lm_head(hidden), temperature, top_k, top_p, u)  # (B,)
-        for row, token in zip(rows, ids.tolist()):
-            answers[row].append(token)
-        going = [place for place, row in enumerate(rows)
-                 if answers[row][-1] != eos_id and len(answers[row]) < room[row]]
-        if len(going) < len(rows):
-            cache.select(going)
-            for module in adapters:
-                module.active = [module.active[place] for place in going]
-        rows = [rows[place] for place in going]
-        if rows:
-            hidden = model.features(ids[going, None], cache)[:, -1]
-    for module, training in modes.items():
-        module.training = training
-    for module, active in adapters.items():
-        module.active = active
-    return [answer[:-1] if answer[-1] == eos_id else answer for answer in answers]
-
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
-
-
-def read_safetensors(path: str | Path) -> dict[str, Tensor]:
-    """Name -> tensor, on the CPU. ValueError unless the tensors fill the file exactly."""
-    size, tensors = os.path.getsize(path), {}
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        text = file.read(min(length, size))
+    before = {m: dict(vars(m)) for m in model.modules()}  # modes, adapters of rows
+    per_row = [m for m in before if isinstance(getattr(m, "active", None), list)]
+    shared = [] if per_row else os.path.commonprefix([p[:-1] for p in prompts])
     try:
-        content = torch.from_file(str(path), size=size, dtype=torch.uint8)  # mapped, not read
-        header, start = json.loads(text), 8 + length
-        header.pop("__metadata__", None)
-        end = start
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
-            begin, end = end, end + math.prod(shape) * dtype.itemsize
-            if entry["data_offsets"] != [begin - start, end - start]:
-                raise ValueError(f"{name} is not at {begin}:{end}")
-            tensors[name] = content[begin:end].clone().view(dtype).reshape(shape)
-        if end != size:
-            raise ValueError(f"{size} bytes instead of {end}")
-    except Exception as error:  # whatever a damaged header leads to
-        raise ValueError(f"{path}: not a whole safetensors file (git lfs pull?): {error}") from None
+        # Read the prompts: once, what all of them begin with.
+        model.eval()
+        length = torch.tensor([len(p) for p in prompts], device=device)
+        cache = KVCache(1, int(length.max()) + max(room), device)
+        if shared:
+            model.features(length.new_tensor([shared]), cache)
+        cache.select([0] * len(prompts))
+        rest = [length.new_tensor(p[len(shared):]) for p in prompts]
+        x = model.features(nn.utils.rnn.pad_sequence(rest, batch_first=True), cache)  # (B, T, C)
+        x = x[rows, length - len(shared) - 1]  # (B, C) of each last id
+        cache.length = length
+        cache.positions[cache.positions >= length[:, None]] = block_size  # padding
+        while rows:  # each gets an id; those that have ended leave
+            ids = sample(model.lm_head(x), temperature, top_k, top_p, rng)  # (B,)
+            for row, token in zip(rows, ids.tolist()):
+                answers[row].append(token)
+            going = [i for i, row in enumerate(rows)
+                     if answers[row][-1] != eos_id and len(answers[row]) < room[row]]
+            if len(going) < len(rows):
+                cache.select(going)
+                rows = [rows[i] for i in going]
+                for m in per_row:
+                    m.active = [m.active[i] for i in going]
+            if rows:
+                x = model.features(ids[going, None], cache)[:, -1]
+    finally:
+        for m, state in before.items():
+            vars(m).update(state)
+    return [ids[:-1] if ids[-1] == eos_id else ids for ids in answers]
+
+PUBLISHED = {f"gpt2{size}": f"openai-community/gpt2{size}" for size in ("", "-medium", "-large",
+             "-xl")} | {"distilgpt2": "distilbert/distilgpt2"}
+CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # stored as [in, out]
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "I64": torch.int64, "U8": torch.uint8, "BOOL": torch.bool}
+OTHERS = {"adapter*": "; an adapter: merge it first (lora.py merge)",
+          "*.bin": "; a pickle: save it again by transformers",
+          "hparams.json": "; OpenAI's TensorFlow files: take gpt2"}
+
+def model_folder(name) -> Path:
+    """The model folder of a name (downloaded once), a folder, or a run without adapter."""
+    folder = Path(name)
+    if name == "tiny":
+        return Path(__file__).resolve().with_name("tiny") / "model"
+    if name in PUBLISHED:
+        home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
+        folder = Path(home, "gpt2-finetune", name).expanduser()
+        hub = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+        for file in ("config.json", "vocab.json", "merges.txt", "model.safetensors"):
+            if not (folder / file).is_file():
+                download(f"{hub}/{PUBLISHED[name]}/resolve/main/{file}", folder / file)
+        return folder
+    if (folder / "model").is_dir() and not (folder / "adapter").is_dir():  # a run
+        folder = folder / "model"
+    if (folder / "config.json").is_file() and any(folder.glob("model*.safetensors")):
+        return folder
+    hints = [hint for pattern, hint in OTHERS.items() if any(folder.glob(pattern))]
+    raise FileNotFoundError(f"{folder}: no model, nor tiny, {', '.join(PUBLISHED)}{''.join(hints)}")
+
+def locate(name) -> tuple[Path, Path | None]:
+    """Model folder and adapter folder (or None) of a name, a folder or a run."""
+    run, model = Path(name), Path(name, "model")
+    if not (run / "adapter").is_dir():
+        return model_folder(name), None
+    base = model if model.is_dir() else read_json(run / "run.json")["flags"]["model"]
+    return model_folder(base), run / "adapter"
+
+def read_config(folder: Path) -> GPTConfig:
+    """ValueError for settings that would change the logits."""
+    raw = read_json(folder / "config.json")
+    raw["block_size"] = raw.get("n_positions", 1024)
+    config = GPTConfig(**{key: raw[key] for key in vars(GPTConfig()) if key in raw})
+    supported = {"model_type": ["gpt2"], "activation_function": ["gelu_new", "gelu_pytorch_tanh"],
+                 "scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False]}
+    for key, values in supported.items():
+        if raw.get(key, values[0]) not in values:
+            raise ValueError(f"{folder}: {key} {raw[key]!r} is not {values[0]!r}")
+    return config
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Our name -> float32 tensor, [out, in], from all shards."""
+    tensors = {}
+    for path in folder.glob("model*.safetensors"):
+        part = read_safetensors(path)
+        while part:  # one by one, to save memory
+            name, t = part.popitem()
+            name = name.removeprefix("transformer.")
+            if name.endswith((".attn.bias", ".attn.masked_bias")):
+                continue  # the causal mask, which old files carry
+            if name in tensors or not t.is_floating_point() or not t.float().isfinite().all():
+                raise ValueError(f"{path}: {name} is there twice, or not all finite floats")
+            tensors[name] = (t.t().contiguous() if name.endswith(CONV1D) else t).float()
     return tensors
 
+def read_safetensors(path) -> dict[str, Tensor]:
+    """Name -> tensor, on the CPU. ValueError for a file of another kind."""
+    size, tensors = os.path.getsize(path), {}
+    try:
+        content = torch.from_file(str(path), size=size, dtype=torch.uint8)  # mapped, not read
+        length = int.from_bytes(content[:8].tolist(), "little")
+        header = json.loads(bytes(content.narrow(0, 8, length).tolist()))
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            t = content[8 + length:][begin:end].clone().view(DTYPES[entry["dtype"]])
+            tensors[name] = t.reshape(entry["shape"])
+    except Exception as error:
+        raise ValueError(f"{path}: no safetensors file (git lfs pull?): {error}") from None
+    return tensors
 
-def write_safetensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
+def write_safetensors(path, tensors: dict[str, Tensor]):
     """Write tensors of any layout and device, whole or not at all."""
     codes = {dtype: code for code, dtype in DTYPES.items()}
     header, end = {"__metadata__": {"format": "pt"}}, 0
@@ -321,157 +332,57 @@ def write_safetensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
     text += b" " * (-len(text) % 8)
     with replacing(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for t in tensors.values():  # one at a time: no second copy of the model
+        for t in tensors.values():  # one at a time
             t = t.detach().cpu().contiguous()
             file.write((ctypes.c_char * t.nbytes).from_address(t.data_ptr()))
 
-
 @contextmanager
-def replacing(path: str | Path):
-    """A file to write to, which takes the place of `path` when all is written, or vanishes."""
+def replacing(path):
+    """A file that replaces `path` when all is written, or vanishes."""
     temp = Path(f"{path}.{os.getpid()}.tmp")
     temp.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(temp, "wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
         os.replace(temp, path)
     finally:
         temp.unlink(missing_ok=True)
 
-
-def read_json(path: str | Path) -> dict:
-    """Read JSON; ValueError or OSError name the file."""
+def read_json(path) -> dict:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
 
-
-def write_json(path: str | Path, value: dict) -> None:
-    """Write JSON, whole or not at all."""
+def write_json(path, value):
     with replacing(path) as file:
         file.write(json.dumps(value, indent=2).encode() + b"\n")
 
-
-PUBLISHED = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large",
-             "gpt2-xl")} | {"distilgpt2": "distilbert/distilgpt2"}
-FILES = ("config.json", "vocab.json", "merges.txt", "model.safetensors")
-CONFIG_KEYS = {"n_positions": "block_size"} | {key: key for key in (  # config.json -> GPTConfig
-    "vocab_size", "n_layer", "n_head", "n_embd", "layer_norm_epsilon", "tie_word_embeddings")}
-CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # stored as [in, out]
-OTHERS = {"adapter*": "an adapter, merge it first: lora.py merge --base M --adapter THIS --out NEW",
-          "*.bin": "a pickle, convert it: save_pretrained of transformers",
-          "hparams.json": "OpenAI's TensorFlow files, take a published name: gpt2"}
-
-
-def model_folder(name_or_folder: str | Path) -> Path:
-    """The model folder that a name, a folder or a run without adapter means; a published model is
-    downloaded once. FileNotFoundError or ValueError say what else is there."""
-    folder = Path(name_or_folder)
-    if name_or_folder == "tiny":
-        return Path(__file__).resolve().parent / "tiny" / "model"
-    if name_or_folder in PUBLISHED:
-        cache = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
-        folder = cache / "gpt2-finetune" / name_or_folder
-        hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-        url = f"{hub.rstrip('/')}/{PUBLISHED[name_or_folder]}/resolve/main"
-        for file in FILES:
-            if not (folder / file).is_file():
-                download(f"{url}/{file}", folder / file)
-        return folder
-    if (folder / "model").is_dir() and not (folder / "adapter").is_dir():  # a run
-        folder = folder / "model"
-    if (folder / "config.json").is_file() and any(folder.glob("model*.safetensors")):
-        return folder
-    for pattern, what in OTHERS.items():
-        if any(folder.glob(pattern)):
-            raise ValueError(f"{folder}: no model, but {what}")
-    raise FileNotFoundError(f"{folder}: no config.json with model.safetensors there, and no name "
-                            f"(tiny, {', '.join(PUBLISHED)})")
-
-
-def locate(name_or_folder: str | Path) -> tuple[Path, Path | None]:
-    """Model folder and adapter folder (None without one) that a name, a folder or a run means."""
-    run = Path(name_or_folder)
-    if not (run / "adapter").is_dir():
-        return model_folder(name_or_folder), None
-    if (run / "model").is_dir():
-        return run / "model", run / "adapter"
-    return model_folder(read_json(run / "run.json")["flags"]["model"]), run / "adapter"
-
-
-def read_config(folder: Path) -> GPTConfig:
-    """GPTConfig from config.json; ValueError for a setting that would change the logits."""
-    raw = read_json(folder / "config.json")
-    config = GPTConfig(**{CONFIG_KEYS[key]: raw[key] for key in CONFIG_KEYS if key in raw})
-    supported = {"model_type": ["gpt2"], "activation_function": ["gelu_new", "gelu_pytorch_tanh"],
-                 "scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False],
-                 "add_cross_attention": [False], "n_inner": [None, 4 * config.n_embd]}
-    for key, values in supported.items():
-        if raw.get(key, values[0]) not in values:
-            raise ValueError(f"{folder}: {key} {raw[key]!r} is not supported, only {values[0]!r}")
-    return config
-
-
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Our name -> float32 tensor in nn.Linear layout, from one file or an index's shards."""
-    files, tensors = ["model.safetensors"], {}
-    if not (folder / files[0]).is_file():
-        files = set(read_json(folder / "model.safetensors.index.json")["weight_map"].values())
-    for path in (folder / file for file in files):
-        part = read_safetensors(path)
-        while part:  # one by one: no second copy of the model
-            name, t = part.popitem()
-            name = name.removeprefix("transformer.")
-            if re.fullmatch(r"h\.\d+\.attn\.(bias|masked_bias)", name):
-                continue  # the causal mask, which old files carry
-            if name in tensors or not t.is_floating_point() or not t.float().isfinite().all():
-                raise ValueError(f"{path}: {name} is there twice, or holds NaN, inf or integers")
-            tensors[name] = (t.t().contiguous() if name.endswith(CONV1D) else t).float()
-    return tensors
-
-
 class Redirects(urllib.request.HTTPRedirectHandler):
-    """Keeps the headers of the hub's redirect to its CDN: they state the file's size and sha256."""
-    said = {}
+    said = {}  # the hub's headers: they state size and sha256
+    def redirect_request(self, *args):
+        self.said = args[4]
+        return super().redirect_request(*args)
 
-    def redirect_request(self, request, file, code, message, headers, url):
-        self.said = headers
-        return super().redirect_request(request, file, code, message, headers, url)
-
-
-def download(url: str, path: Path, sha256: str | None = None, attempts: int = 3) -> None:
-    """Fetch a file, whole or not at all; checked are its size, and its sha256, given or the hub's.
-    OSError where network, server or disk fail each time, ValueError where something else comes."""
-    redirects, digest = Redirects(), hashlib.sha256()
-    fetch = urllib.request.build_opener(redirects).open
+def download(url: str, path: Path):
+    """Fetch a file, whole or not at all; OSError unless size and sha256 are as stated."""
+    hub, sha256 = Redirects(), hashlib.sha256()
+    fetch = urllib.request.build_opener(hub).open
     try:
         with fetch(url, timeout=30) as answer, replacing(path) as file:
-            said = redirects.said
-            size = int(said.get("X-Linked-Size") or answer.headers.get("Content-Length") or 0)
             while chunk := answer.read(2**24):
-                if not file.tell() and chunk.lstrip()[:5].lower() in (b"<!doc", b"<html"):
-                    raise ValueError(f"{url}: a web page came in place of the file")
                 file.write(chunk)
-                digest.update(chunk)
-                if size > 2**24:
-                    print(f"{path.name}: {file.tell() >> 20} of {size >> 20} MiB", file=sys.stderr)
-            if file.tell() != size:
-                raise OSError(f"{file.tell()} bytes came instead of {size}")
-            tag = re.search(r"\b[0-9a-f]{64}\b", said.get("X-Linked-Etag", ""))
-            if digest.hexdigest() != (sha256 or tag and tag[0] or digest.hexdigest()):
-                raise ValueError(f"{url}: what came has another sha256, {digest.hexdigest()}")
+                sha256.update(chunk)
+            size = hub.said.get("X-Linked-Size") or answer.headers["Content-Length"]
+            tag = re.search(r"\b[0-9a-f]{64}\b", hub.said.get("X-Linked-Etag", ""))
+            page = answer.headers.get_content_type() == "text/html"
+            if page or str(file.tell()) != size or tag and tag[0] != sha256.hexdigest():
+                raise OSError("what came is not the file")
     except OSError as error:
-        if attempts == 1 or 400 <= getattr(error, "code", 0) < 500:
-            raise OSError(f"{url}: {error}; or put it into {path.parent} yourself") from None
-        time.sleep(1)
-        download(url, path, sha256, attempts - 1)
-
+        raise OSError(f"{url}: {error}; or put it into {path.parent} yourself") from None
 
 def choose_device(name: str) -> torch.device:
-    """auto, cpu, cuda (torchrun's processes: each its own), cuda:1, mps; ValueError if not here."""
+    """cuda under torchrun: each process its own. ValueError if it is not here."""
     if name == "auto":
         name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     if name == "cuda":
@@ -479,21 +390,41 @@ def choose_device(name: str) -> torch.device:
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError):
-        raise ValueError(f"--device {name}: not here (auto, cpu, cuda, cuda:1, mps)") from None
+        raise ValueError(f"--device {name}: not here; try auto, cpu, cuda, cuda:1, mps") from None
 
+def choose_attention(device, dtype, length: int):
+    """Without flash a CPU is 1.75 times as fast at 100 tokens, half as fast at 1,024."""
+    short = device.type == "cpu" and dtype == torch.float32 and length <= 256
+    torch.backends.cuda.enable_flash_sdp(not short)
+
+def keep_freed_memory():
+    """glibc would give it back after each step; oneDNN would keep some for each text length."""
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "24")
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "1")
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None:
+        mallopt(-3, 1 << 30) or mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD; old glibc: 32 MiB
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: none
+
+def multiply_with_onednn():
+    """On AMD up to twice as fast as MKL. Test products find CPUs that round to bf16 (AMX, Arm)."""
+    matmul = torch.backends.mkldnn.matmul
+    matmul.fp32_precision = "bf16"
+    x = torch.full((256, 256), 1 + 2**-12)  # 1 in bf16
+    products = x @ x, x.t() @ x, x[:8] @ x.t(), torch.bmm(x[None], x[None])
+    if not all(torch.allclose(y / 256, x[0, 0].square(), rtol=1e-6, atol=0) for y in products):
+        matmul.fp32_precision = "none"
 
 def main(argv=None) -> int:
-    """Print a prompt and its continuation; returns the exit code."""
-    warnings.filterwarnings("ignore", "Failed to initialize NumPy")
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
-    parser.add_argument("--model", default="tiny", help="a model folder, a run folder, or a name")
-    parser.add_argument("--prompt", required=True, help="the text to continue")
-    parser.add_argument("--max-new-tokens", type=int, default=50, help="stop after so many")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
-    parser.add_argument("--top-k", type=int, help="draw from the k likeliest tokens")
-    parser.add_argument("--top-p", type=float, help="draw from the likeliest that reach p")
-    parser.add_argument("--seed", type=int, default=123, help="of the draws")
+    flag = parser.add_argument
+    flag("--model", default="tiny", help="folder, run or name")
+    flag("--prompt", required=True, help="text to continue")
+    flag("--max-new-tokens", type=int, default=50, help="at most so many")
+    flag("--temperature", type=float, default=0.0, help="0: the likeliest")
+    flag("--top-k", type=int, help="draw from the k likeliest")
+    flag("--top-p", type=float, help="draw from the fewest that reach p")
+    flag("--seed", type=int, default=123, help="of the draws")
     options = vars(parser.parse_args(argv))
     try:
         from data import load_tokenizer
@@ -504,12 +435,11 @@ def main(argv=None) -> int:
             load_lora(model, adapter)
         ids = tokenizer.encode_ordinary(options.pop("prompt"))
         ids += generate(model, [ids], eos_id=tokenizer.eot_token, **options)[0]
-        print(tokenizer.decode([i for i in ids if i < tokenizer.n_vocab]))  # the head may be wider
+        print(tokenizer.decode(ids))
+        return 0
     except (OSError, ValueError, ImportError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print("error:", *str(error).split(), file=sys.stderr)
         return 1
-    return 0
-
 
 if __name__ == "__main__":
     sys.exit(main())

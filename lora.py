@@ -4,7 +4,7 @@ LoRA (Hu et al. 2021, arXiv 2106.09685): add, switch, merge, save, load low-rank
     y = W x + b + s B A x     A [r, in], B [out, r], s = alpha / r; rsLoRA: alpha / sqrt(r)
 
 An adapted layer stays the nn.Linear it was, its weight with the same name and storage. Nothing
-here freezes a parameter. Folders are PEFT's, checked against peft both ways.
+here freezes a parameter. Folders are PEFT's, checked against peft for GPT-2.
 
     python lora.py merge --base tiny --adapter runs/X=0.5 runs/Y=0.5 --out merged
 """
@@ -58,14 +58,14 @@ def _select(model, patterns):
     layers = {n: m for n, m in linears.items() if any(_hits(n, p) for p in patterns)}
     fast = {m for e in model.modules() if isinstance(e, nn.TransformerEncoderLayer)
             for m in e.modules()}  # read, not called
-    weights = [p.data_ptr() or id(p) for _, p in model.named_parameters(remove_duplicate=False)]
+    weights = [p.data_ptr() for _, p in model.named_parameters(remove_duplicate=False)]
     for n, layer in layers.items():
         if type(layer) not in (nn.Linear, LoRALinear):
             kind = type(layer).__name__.replace("Conv1D", "transformers' Conv1D")
             raise ValueError(f"target {n} is {kind}, not nn.Linear")
         if layer in fast or "forward" in vars(layer) or "weight" not in layer._parameters:
             raise ValueError(f"target {n}: its weight is not used by nn.Linear's forward")
-        if weights.count(layer.weight.data_ptr() or id(layer.weight)) > 1:
+        if weights.count(layer.weight.data_ptr() or "meta") > 1:
             raise ValueError(f"target {n} shares its weight: untie it (tie_word_embeddings=False)")
     return layers
 
@@ -78,7 +78,7 @@ def _add(model, name, configs):
             layer.__class__ = LoRALinear  # in place: who holds it or its weight still does
             layer.lora_A, layer.lora_B, layer.configs = nn.ParameterDict(), nn.ParameterDict(), {}
         W, dtype = layer.weight, torch.promote_types(layer.weight.dtype, torch.float32)
-        layer.lora_A[name] = nn.Parameter(W.new_zeros(config["r"], W.shape[1], dtype=dtype))
+        layer.lora_A[name] = nn.Parameter(W.new_empty(config["r"], W.shape[1], dtype=dtype))
         layer.lora_B[name] = nn.Parameter(W.new_zeros(W.shape[0], config["r"], dtype=dtype))
         layer.configs[name] = config
     use_lora(model, name)
@@ -104,7 +104,7 @@ def add_lora(model: nn.Module, r=8, alpha=16, targets=("c_attn", "c_proj", "c_fc
 
 
 def use_lora(model: nn.Module, name: str | None | list[str | None]) -> None:
-    """Activate an adapter, None (the base), or a list: a name or None per batch row."""
+    """Activate an adapter, None (the base), or a list of them, one per row; else ValueError."""
     for n in set(name if isinstance(name, list) else [name]) - {None}:
         _holders(model, n)
     for layer in model.modules():
@@ -185,7 +185,7 @@ def load_lora(model: nn.Module, folder: str | Path, name="default") -> None:
     that we do not have, layers that cannot be adapted, and tensors that do not fit."""
     config, tensors = _read_adapter(folder)
     targets, configs, shapes = config["target_modules"], {}, {}
-    patterns = [targets] if isinstance(targets, str) else [re.escape(t) for t in targets]
+    patterns = [targets] if isinstance(targets, str) else targets
     layers = _select(model, [".*(?<!lm_head)"] if targets == "all-linear" else patterns)
     for n, layer in layers.items():
         c = {k: config.get(k, 0) for k in ("r", "lora_alpha", "lora_dropout", "use_rslora")}

@@ -1,11 +1,10 @@
 """Choose which blocks, or which matrices, to train: by gradients, by spectrum, or by chance.
 
-Prints one static policy for --trainable of finetune.py. rgn takes the blocks whose gradient is large
-beside their weights (Surgical Fine-Tuning, arXiv 2210.11466); spectrum those whose matrices stand
-out most from noise, without any data (Spectrum, arXiv 2406.06623); random draws them. shortfall
-trains fully the matrices whose gradient an adapter of rank r expresses least, and all the other
-adapters: a hybrid. Gradients are of the response's loss on five training batches, without dropout.
-Checked against closed forms and plain loops.
+Prints one static policy for --trainable of finetune.py. rgn takes the blocks whose gradient is
+large beside their weights (Surgical Fine-Tuning, arXiv 2210.11466); spectrum those whose matrices
+stand out most from noise, without any data (arXiv 2406.06623); random draws them. shortfall trains
+fully the matrices whose gradient an adapter of rank r expresses least, and all other adapters: a
+hybrid. Gradients are of the response's loss on the first five batches of a run with this seed.
 
     python experiments/choose_layers.py --by rgn --k 2        # blocks:0,2
     python finetune.py --trainable "$(python experiments/choose_layers.py --by spectrum --k 2)"
@@ -28,20 +27,10 @@ from data import batches, collate, encode_examples, load_parts, load_tokenizer  
 from freeze import find_blocks  # noqa: E402
 from gpt import GPT, model_folder  # noqa: E402
 
-N_BATCHES = 5  # whose gradients decide
-
 
 def batch_size(model: nn.Module) -> int:
-    """What finetune.py takes for a model of this size."""
+    """That of finetune.py for a model of this size."""
     return 16 if sum(p.numel() for p in model.parameters()) < 10_000_000 else 8
-
-
-def first_batches(model: GPT, folder: Path, data: str, seed: int) -> list[list]:
-    """The first batches, lists of Encoded, that finetune.py would draw from the training part."""
-    limit, tokenizer = model.config.block_size, load_tokenizer(folder)
-    encoded, _ = encode_examples(load_parts(data).train, tokenizer, max_length=limit)
-    order = batches([len(e.ids) for e in encoded], batch_size(model), seed, epoch=0)
-    return [[encoded[i] for i in indices] for indices in order[:N_BATCHES]]
 
 
 def response_loss(model: GPT, batch: list) -> Tensor:
@@ -65,24 +54,20 @@ def relative_gradient_norms(model: GPT, batches: list[list]) -> list[float]:
 
 
 def signal_to_noise(weight: Tensor) -> float:
-    """Of a matrix's singular values the sum of those above what noise alone would give, over the
-    sum of those below, over the largest. The noise's deviation is taken from their interquartile
-    range (Marchenko and Pastur); inf where nothing is below."""
+    """Of a matrix's singular values the sum of those above what noise alone would give (Marchenko
+    and Pastur, its deviation from their interquartile range), over that of the others, over the
+    largest; inf where there are no others."""
     s = torch.linalg.svdvals(weight.detach())
     low, high = torch.quantile(s, torch.tensor([0.25, 0.75])).tolist()
-    ratio = min(weight.shape) / max(weight.shape)
-    above = s > (high - low) / 1.349 * (1 + ratio ** 0.5)
+    above = s > (high - low) / 1.349 * (1 + (min(weight.shape) / max(weight.shape)) ** 0.5)
     return float(s[above].sum() / s[~above].sum() / s[0])
 
 
 def spectrum_ranks(model: nn.Module) -> list[float]:
-    """For each block how many other blocks its matrices exceed in signal-to-noise, each compared
-    with those of its kind, on average. (Spectrum takes the best matrices of each kind; here whole
-    blocks are chosen.)"""
-    ratios = []
-    for name in find_blocks(model):
-        named = model.get_submodule(name).named_parameters()
-        ratios.append({kind: signal_to_noise(p) for kind, p in named if p.dim() == 2})
+    """For each block how many blocks its matrices exceed in signal-to-noise, each among those of
+    its kind, on average. (Spectrum takes the best of each kind; here whole blocks are chosen.)"""
+    ratios = [{kind: signal_to_noise(p) for kind, p in model.get_submodule(name).named_parameters()
+               if p.dim() == 2} for name in find_blocks(model)]
     return [sum(other[kind] < snr for kind, snr in own.items() for other in ratios) / len(own)
             for own in ratios]
 
@@ -98,17 +83,14 @@ def rank_shortfalls(model: GPT, batches: list[list], r: int) -> dict[str, float]
         gradients = torch.autograd.grad(response_loss(model, batch), list(named.values()))
         for mean, gradient in zip(means.values(), gradients):
             mean += gradient / len(batches)
-    scores = {}
-    for name, gradient in means.items():
-        s = torch.linalg.svdvals(gradient)
-        rho = s[r:].square().sum() / s.square().sum()
-        scores[name] = float(rho * s.norm() / named[name].detach().norm())
-    return scores
+    s = {name: torch.linalg.svdvals(mean) for name, mean in means.items()}
+    rho = {name: s[name][r:].square().sum() / s[name].square().sum() for name in s}
+    return {name: float(rho[name] * s[name].norm() / named[name].detach().norm()) for name in s}
 
 
 def hybrid(model: nn.Module, scores: dict[str, float], share: float) -> str:
     """The policy that trains fully the matrices of largest score, as many as fit into this share of
-    the model's parameters (one that does not fit is passed over), and the adapters of all others."""
+    the parameters (one that does not fit is passed over), and the adapters of all others."""
     sizes, full = {name: p.numel() for name, p in model.named_parameters()}, []
     room = share * sum(sizes.values())
     for name in sorted(scores, key=lambda name: -scores[name]):
@@ -117,7 +99,7 @@ def hybrid(model: nn.Module, scores: dict[str, float], share: float) -> str:
             full.append(name)
     if not full:
         raise ValueError(f"--share {share:g}: no matrix with a shortfall fits into it")
-    frozen = [f"-{name.removesuffix('weight')}lora_*" for name in full]  # their adapters stay zero
+    frozen = [f"-{name.removesuffix('weight')}lora_*" for name in full]  # these stay zero
     return ",".join(["lora", *full, *frozen])
 
 
@@ -125,26 +107,28 @@ def choose(args) -> str:
     """The policy that the flags ask for; ValueError for more blocks than there are."""
     folder = model_folder(args.model)
     model = GPT.from_pretrained(folder).eval()
-    blocks = range(len(find_blocks(model)))
-    if args.k and args.k > len(blocks):
-        raise ValueError(f"--k {args.k}: the model has {len(blocks)} blocks")
-    if args.by == "random":
-        drawn = random.Random(f"random {args.seed}").sample(blocks, args.k)
-        return "blocks:" + ",".join(map(str, sorted(drawn)))
-    if args.by == "spectrum":
-        scores = spectrum_ranks(model)
-    else:
-        probe = first_batches(model, folder, args.data, args.seed)
-    if args.by == "rgn":
-        scores = relative_gradient_norms(model, probe)
-    elif args.by == "shortfall":
+    n_layer = len(find_blocks(model))
+    if args.k and args.k > n_layer:
+        raise ValueError(f"--k {args.k}: the model has {n_layer} blocks")
+    if args.by in ("rgn", "shortfall"):
+        tokenizer, limit = load_tokenizer(folder), model.config.block_size
+        encoded, _ = encode_examples(load_parts(args.data).train, tokenizer, max_length=limit)
+        order = batches([len(e.ids) for e in encoded], batch_size(model), args.seed, epoch=0)
+        probe = [[encoded[i] for i in indices] for indices in order[:5]]
+    if args.by == "shortfall":
         scores = rank_shortfalls(model, probe, args.lora_r)
-    for name, score in scores.items() if args.by == "shortfall" else enumerate(scores):
-        if args.verbose:
-            print(f"{name}: {score:.4f}", file=sys.stderr)
+    elif args.by == "rgn":
+        scores = dict(enumerate(relative_gradient_norms(model, probe)))
+    elif args.by == "spectrum":
+        scores = dict(enumerate(spectrum_ranks(model)))
+    else:
+        order = random.Random(f"random {args.seed}").sample(range(n_layer), n_layer)
+        scores = dict(zip(order, range(n_layer, 0, -1)))
+    for name, score in scores.items() if args.verbose else ():
+        print(f"{name}: {score:.4f}", file=sys.stderr)
     if args.by == "shortfall":
         return hybrid(model, scores, args.share)
-    best = sorted(blocks, key=lambda i: -scores[i])[:args.k]
+    best = sorted(scores, key=lambda i: -scores[i])[:args.k]
     return "blocks:" + ",".join(map(str, sorted(best)))
 
 
@@ -162,12 +146,11 @@ def parse_args(argv=None):
     add("--seed", type=int, default=123, help="of the batches, or of chance (123)")
     add("--verbose", action="store_true", help="print the scores on stderr")
     args = parser.parse_args(argv)
-    wanted = ["share", "lora_r"] if args.by == "shortfall" else ["k"]
-    given = [name for name in ("k", "share", "lora_r") if getattr(args, name) is not None]
-    if given != wanted:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in wanted)
-        parser.error(f"--by {args.by} takes {flags}, and no other of --k, --share, --lora-r")
-    if not all(getattr(args, name) > 0 for name in given) or (args.share or 1) > 1:
+    numbers = {"--k": args.k, "--share": args.share, "--lora-r": args.lora_r}
+    given = {flag: number for flag, number in numbers.items() if number is not None}
+    if list(given) != (["--share", "--lora-r"] if args.by == "shortfall" else ["--k"]):
+        parser.error("--by shortfall takes --share and --lora-r, the others take --k")
+    if min(given.values()) <= 0 or (args.share or 1) > 1:
         parser.error("--k and --lora-r are at least 1, --share is above 0, at most 1")
     return args
 
@@ -177,10 +160,11 @@ def main(argv=None) -> int:
     warnings.filterwarnings("ignore", "Failed to initialize NumPy")
     args = parse_args(argv)
     try:
-        print(choose(args))
+        policy = choose(args)
     except (ValueError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 1
+    print(policy)
     return 0
 
 

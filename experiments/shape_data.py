@@ -2,9 +2,8 @@
 
 Reads what finetune.py reads and writes a folder that its --data takes: train.jsonl, val.jsonl and
 test.jsonl, or such a folder for each stage. In this order: forms of the instruction and of the
-response, in all three parts; selection and stages, in the training part alone. Difficulty is IFD
-(arXiv 2308.12032): how much harder a response is after its prompt than after nothing. Stages, as
-in arXiv 2406.04371, are runs, each from the last: finetune.py --data NEW/stage2 --model runs/one.
+response, in all three parts; selection and stages, in the training part alone. Stages, as in arXiv
+2406.04371, are runs, each from the last: finetune.py --data staged/stage2 --model runs/first.
 
     python experiments/shape_data.py --data tiny --out short --select shortest --n 100
     python experiments/shape_data.py --data gsm8k.jsonl --model gpt2 --out new --response rationale
@@ -36,60 +35,37 @@ def reshape(example: dict, instruction="short", response=None) -> dict:
     its `instruction_long`. response: None as it is; "answer" alone; "rationale", the worked
     solution before it; "reflection", a wrong `draft` and the solution that corrects it. GSM8K's
     solutions, which end in "#### answer", are taken apart. ValueError for what it lacks."""
+    shaped, fields = dict(example), dict(example)
     solution, mark, answer = example["output"].rpartition("\n#### ")
-    fields = dict(example)
     if mark and "\n" not in answer.strip():  # else it is a heading
         fields |= {"rationale": solution, "output": answer}
 
     def field(name):
         if not str(fields.get(name) or "").strip():
-            raise ValueError(f"no text under {name!r}")
+            begin = textwrap.shorten(example["instruction"], 60)
+            raise ValueError(f"the record {begin!r} has no text as {name}")
         return fields[name].strip()
 
-    shaped = dict(example)
     if instruction == "long":
         shaped["instruction"] = field("instruction_long")
     if response == "answer":
         shaped["output"] = field("output")
-    elif response == "rationale":
-        shaped["output"] = f"{field('rationale')}\nAnswer: {field('output')}"
-    elif response == "reflection":
-        shaped["output"] = (f"{field('draft')}\nThat is wrong. {field('rationale')}\n"
-                            f"Answer: {field('output')}")
+    elif response:
+        draft = f"{field('draft')}\nThat is wrong. " if response == "reflection" else ""
+        shaped["output"] = f"{draft}{field('rationale')}\nAnswer: {field('output')}"
     return shaped
 
 
-def reshape_all(parts: dict, instruction: str, response: str | None) -> dict[str, list[dict]]:
-    """Every part in this form; ValueError names the record that has not what it takes."""
-    shaped = {part: [] for part in parts}
-    for part, examples in parts.items():
-        for i, example in enumerate(examples, 1):
-            try:
-                shaped[part].append(reshape(example, instruction, response))
-            except ValueError as error:
-                begin = textwrap.shorten(example["instruction"], 50)
-                raise ValueError(f"{part} record {i} ({begin}): {error}") from None
-    return shaped
-
-
-def nats_per_token(model, tokenizer, examples: list[dict]) -> list[float]:
-    """Loss of each response after its prompt; inf where the model has no room for it."""
+def nats_per_token(model, tokenizer, examples: list[dict], alone=False) -> list[float]:
+    """Loss of each response after its prompt, or alone, after nothing but an end token; inf where
+    the model has no room for it."""
     losses = [math.inf] * len(examples)
     encoded, kept = encode_examples(examples, tokenizer, max_length=model.config.block_size)
+    if alone:
+        encoded = [Encoded([tokenizer.eot_token, *e.ids[e.n_prompt:]], 1) for e in encoded]
     for i, (nats, n) in zip(kept, nlls(model, encoded)):
         losses[i] = nats / n
     return losses
-
-
-def difficulties(model, tokenizer, examples: list[dict]) -> list[float]:
-    """IFD of each, exp(s(y|x) - s(y)), s in nats per token. Small: the instruction says it all; 1
-    and above: it does not help. inf where the model has no room for the response."""
-    scores = [math.inf] * len(examples)
-    encoded, kept = encode_examples(examples, tokenizer, max_length=model.config.block_size)
-    alone = [Encoded([tokenizer.eot_token, *e.ids[e.n_prompt:]], 1) for e in encoded]
-    for i, (after, n), (before, _) in zip(kept, nlls(model, encoded), nlls(model, alone)):
-        scores[i] = math.exp((after - before) / n)
-    return scores
 
 
 @torch.no_grad()
@@ -121,15 +97,32 @@ def adapt(model, tokenizer, short: dict, long: dict) -> dict[str, list[dict]]:
             for part, flags in takes_long.items()}
 
 
-def select(scores: list[float], how: str | None, n: int, seed: int) -> list[int]:
-    """Indices of n records, in their order. scores: lengths, or difficulties for ifd, which takes
-    the largest below 1. None takes the first n. ValueError where there are not so many."""
+def measure(examples: list[dict], by: str | None, model, tokenizer, seed: int) -> list[float]:
+    """What records are selected or ordered by: chance, level, length of the response in tokens, or
+    IFD (arXiv 2308.12032), exp(s(y|x) - s(y)) with s in nats per token. Small: the instruction says
+    it all; 1 and above: it does not help."""
+    if by == "ifd":
+        after, alone = (nats_per_token(model, tokenizer, examples, kind) for kind in (False, True))
+        return [math.exp(a - b) if a < math.inf else a for a, b in zip(after, alone)]
+    if by == "random":
+        rng = random.Random(f"order {seed}")
+        return [rng.random() for _ in examples]
+    if by == "level":
+        levels = [example.get("level") for example in examples]
+        if not all(isinstance(level, (int, float)) for level in levels):
+            raise ValueError("--by level: a training record has no number as level")
+        return levels
+    return [len(tokenizer.encode_ordinary(example["output"])) for example in examples]
+
+
+def select(scores: list[float], how: str | None, n: int) -> list[int]:
+    """Indices of n records, in their order, by what `measure` gives: for longest those of largest
+    score, for ifd of these below 1, for shortest and random of smallest; None takes the first n.
+    ValueError where there are not so many."""
     chosen = [i for i, score in enumerate(scores) if how != "ifd" or score < 1]
     if n > len(chosen):
         raise ValueError(f"--n {n}: only {len(chosen)} training records can be had")
-    if how == "random":
-        return sorted(random.Random(f"select {seed}").sample(chosen, n))
-    sign = {None: 0, "shortest": 1, "longest": -1, "ifd": -1}[how]
+    sign = {None: 0, "shortest": 1, "random": 1, "longest": -1, "ifd": -1}[how]
     return sorted(sorted(chosen, key=lambda i: sign * scores[i])[:n])  # ties: the first ones
 
 
@@ -142,21 +135,6 @@ def split_stages(scores: list[float], n_stages: int, reverse: bool, seed: int) -
     earlier = order[:bounds[-2]]
     stages[-1] += random.Random(f"stages {seed}").sample(earlier, len(earlier) // 10)
     return stages
-
-
-def measure(examples: list[dict], by: str | None, model, tokenizer, seed: int) -> list[float]:
-    """What records are selected or ordered by, one number each."""
-    if by == "ifd":
-        return difficulties(model, tokenizer, examples)
-    if by == "random":
-        rng = random.Random(f"order {seed}")
-        return [rng.random() for _ in examples]
-    if by == "level":
-        for i, example in enumerate(examples, 1):
-            if not isinstance(example.get("level"), (int, float)):
-                raise ValueError(f"train record {i}: no number under 'level', needed for --by level")
-        return [example["level"] for example in examples]
-    return [len(tokenizer.encode_ordinary(example["output"])) for example in examples]
 
 
 def write_folders(out: Path, folders: dict[str, dict[str, list[dict]]]) -> None:
@@ -172,39 +150,33 @@ def write_folders(out: Path, folders: dict[str, dict[str, list[dict]]]) -> None:
 
 def shape(args) -> None:
     """Forms, selection, stages; then the folders are written, and what was chosen is printed."""
-    out = Path(args.out)
-    if out.exists():
-        raise FileExistsError(f"--out {out}: is there already; choose another")
-    loaded = load_parts(args.data)
+    if Path(args.out).exists():
+        raise FileExistsError(f"--out {args.out}: is there already; choose another")
+    loaded, forms = load_parts(args.data), {}
     parts = {"train": loaded.train, "val": loaded.val, "test": loaded.test}
-    for part, examples in parts.items():
-        if not examples:
-            raise ValueError(f"{args.data}: too few records, the {part} part is empty")
+    if not all(parts.values()):
+        raise ValueError(f"{args.data}: too few records, a part is empty")
     model, tokenizer = load_model(args.model, choose_device("auto"))
-    if args.instruction == "adaptive":
-        forms = (reshape_all(parts, form, args.response) for form in ("short", "long"))
-        parts = adapt(model, tokenizer, *forms)
-    else:
-        parts = reshape_all(parts, args.instruction, args.response)
-    train, lengths = parts["train"], measure(parts["train"], "length", model, tokenizer, args.seed)
+    for form in ("short", "long") if args.instruction == "adaptive" else [args.instruction]:
+        forms[form] = {part: [reshape(example, form, args.response) for example in examples]
+                       for part, examples in parts.items()}
+    parts = adapt(model, tokenizer, **forms) if len(forms) == 2 else forms[args.instruction]
+    train = parts["train"]
     if args.n:
-        scores = difficulties(model, tokenizer, train) if args.select == "ifd" else lengths
-        chosen = select(scores, args.select, args.n, args.seed)
-        train, lengths = [train[i] for i in chosen], [lengths[i] for i in chosen]
-    stages = {"": list(range(len(train)))}
+        scores = measure(train, args.select, model, tokenizer, args.seed)
+        train = [train[i] for i in select(scores, args.select, args.n)]
+    folders = {"": train}
     if args.stages:
         if args.stages > len(train):
             raise ValueError(f"--stages {args.stages}: there are {len(train)} training records")
         scores = measure(train, args.by, model, tokenizer, args.seed)
-        split = split_stages(scores, args.stages, args.reverse, args.seed)
-        stages = {f"stage{i}": indices for i, indices in enumerate(split, 1)}
-    write_folders(out, {folder: parts | {"train": [train[i] for i in indices]}
-                        for folder, indices in stages.items()})
-    for folder, indices in stages.items():
-        own = [lengths[i] for i in indices]
-        scale = f", {args.by} {scores[indices[0]]:.3g} and on" if folder else ""
-        print(f"{out / folder}: {len(own)} of {len(parts['train'])} training records{scale}; "
-              f"responses of {min(own)} to {max(own)} tokens, {sum(own) / len(own):.1f} on average")
+        stages = split_stages(scores, args.stages, args.reverse, args.seed)
+        folders = {f"stage{i}": [train[j] for j in stage] for i, stage in enumerate(stages, 1)}
+    write_folders(Path(args.out), {name: parts | {"train": own} for name, own in folders.items()})
+    for name, own in folders.items():
+        lengths = measure(own, "length", model, tokenizer, args.seed)
+        print(f"{Path(args.out, name)}: {len(own)} of {len(loaded.train)} training records, "
+              f"responses of {min(lengths)} to {max(lengths)} tokens")
 
 
 def parse_args(argv=None):
@@ -224,11 +196,10 @@ def parse_args(argv=None):
     add("--by", choices=["length", "level", "ifd", "random"], help="what orders the stages")
     add("--reverse", action="store_true", help="from hard to easy")
     args = parser.parse_args(argv)
-    if args.select and args.n is None:
-        parser.error("--select needs --n")
-    if (args.stages is None) != (args.by is None) or args.reverse and not args.stages:
-        parser.error("--stages and --by need each other, --reverse needs both")
-    if min(args.n or 1, args.stages or 1) < 1 or 0 in (args.n, args.stages):
+    if (args.select and args.n is None or (args.stages is None) != (args.by is None)
+            or args.reverse and not args.stages):
+        parser.error("--select needs --n, --stages and --by need each other, --reverse needs both")
+    if any(number is not None and number < 1 for number in (args.n, args.stages)):
         parser.error("--n and --stages are at least 1")
     return args
 

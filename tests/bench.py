@@ -13,10 +13,8 @@ their range. Weights are random, of GPT-2 small's shape; records are made, as lo
 
 import argparse
 import json
-import math
 import multiprocessing
 import os
-import platform
 import random
 import re
 import statistics
@@ -36,19 +34,15 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 if __name__ != "__main__":  # Linux counts a child's peak memory from its parent's size on
     import resource
-
     import torch
     import torch.nn.functional as F
-    from torch import nn
     from torch.nn.utils.rnn import pad_sequence
-
     import finetune
     import freeze
     import gpt
     from data import TINY, collate, copy_tokenizer, encode_examples, load_parts, load_tokenizer
     from lora import add_lora
 
-WARM = 3  # steps before those that are measured
 VOCAB, BOOK_STEPS = 50257, 2 * 117  # two epochs of the book's 935 records
 # Ids in the book's prompts and answers, at 0, 5, ..., 100 % of its training part; in all 57 and 13.
 PROMPTS = [35, 37, 38, 38, 39, 39, 40, 40, 40, 41, 41, 42, 43, 47, 49, 50, 51, 53, 54, 56, 65]
@@ -57,21 +51,17 @@ TEMPLATE = 29  # ids around the instruction, by the embedded tokenizer
 WORDS = "and one ten day write as in is it or me".split()  # one id each
 
 
-# ---- what runs in processes of its own: the functions return figures
-
 def clock():
     """Seconds, once a GPU has done what it was given."""
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+    torch.cuda.is_initialized() and torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def figures(marks, steps):
-    """Of the last `steps` steps, by the (seconds, tokens) after each: tokens a second and seconds a
-    step; and the most bytes that this process had, or allocated on the GPU."""
+    """From marks (seconds, tokens so far) of steps, the last so many; and this process's peak."""
     (began, before), (end, after) = marks[-steps - 1], marks[-1]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else peak
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else most
     return {"rate": (after - before) / (end - began), "step": (end - began) / steps, "peak": peak}
 
 
@@ -84,16 +74,10 @@ def write_model(folder, *sizes):
     return {"torch": torch.__version__, "threads": torch.get_num_threads(), "gpu": gpu}
 
 
-def encoded(folder, data, part):
-    """The records of a part of the data, encoded."""
-    return encode_examples(getattr(load_parts(data), part), load_tokenizer(folder))[0]
-
-
 def ours(steps, folder, data, policy, flags=(), size=8, device="cpu", without=None):
     """finetune.py with these flags, `without` one of the remedies; with --cache-prefix measured is
     the second epoch. "proof": seconds that freezing and its checks take."""
     epochs, spent, never = "2" if "--cache-prefix" in flags else "1", [], "1000000"
-    flags = [flag for flag in flags if flag != "--cache-prefix" or without != "prefix"]
     switch_off(without)
 
     def timed(check):
@@ -118,17 +102,15 @@ def ours(steps, folder, data, policy, flags=(), size=8, device="cpu", without=No
 
 def switch_off(remedy):
     """Do without a remedy; an error where what does it has another name now."""
-    AdamW = torch.optim.AdamW
-
     def all_logits(model, batch, loss_on, machine, prefix=None):
         inputs, targets = collate(batch, loss_on)
         finetune.choose_attention(machine.device, machine.dtype, inputs.shape[1])
         return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), reduction="sum")
 
-    def file_order(lengths, size, seed, epoch):
-        return [list(range(len(lengths)))[i:i + size] for i in range(0, len(lengths), size)]
-
-    defaults = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024", "LRU_CACHE_CAPACITY": "1024"}
+    file_order = lambda lengths, size, *_: [
+        [*range(i, i + size)] for i in range(0, len(lengths), size)]  # none is left over
+    AdamW = torch.optim.AdamW
+    defaults = dict.fromkeys(["ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"], "1024")
     patches = {"mallopt": mock.patch("ctypes.CDLL", lambda name: None),
                "caches": mock.patch.dict(os.environ, defaults),
                "products": mock.patch("finetune.multiply_with_onednn", lambda: None),
@@ -162,7 +144,7 @@ def rival(steps, folder, data, policy, library="plain", size=8, device="cpu"):
     model = make_rival(folder, policy, library).to(device).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=5e-5, weight_decay=0.1, fused=None if plain else True)
-    records = encoded(folder, data, "train")
+    records, _ = encode_examples(load_parts(data).train, load_tokenizer(folder))
     for first in range(0, len(records), size):
         batch = records[first:first + size]
         inputs, targets = (t.to(device) for t in collate(batch))  # (B, T) each
@@ -173,7 +155,7 @@ def rival(steps, folder, data, policy, library="plain", size=8, device="cpu"):
         optimizer.zero_grad()
         loss.backward()
         if not plain:
-            nn.utils.clip_grad_norm_(trained, 1.0)
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         loss.item()
         tokens += sum(len(e.ids) for e in batch)
@@ -185,9 +167,8 @@ def answer(model, batch, new, how):
     """Continue prompts by `new` ids: random weights do not end. Or until the record's own answer
     ends, and the row is then "leaving", or "staying" until all have ended."""
     prompts, left = [e.ids[:e.n_prompt] for e in batch], [len(e.ids) - e.n_prompt for e in batch]
-    sample = gpt.sample
 
-    def sample_ends(*args):
+    def sample_ends(*args, sample=gpt.sample):
         ids = sample(*args).clamp(max=VOCAB - 2)
         left[:] = [n - 1 for n in left if n > 0]
         return torch.where(torch.tensor(left, device=ids.device) == 0, VOCAB - 1, ids)
@@ -207,7 +188,8 @@ def answer(model, batch, new, how):
 
 def generation(steps, folder, data, how="ours", new=32, size=64, device="cpu"):
     """Answers to all test prompts, longest first: that is a step, and two are measured."""
-    records = sorted(encoded(folder, data, "test"), key=lambda e: -e.n_prompt)
+    records, _ = encode_examples(load_parts(data).test, load_tokenizer(folder))
+    records.sort(key=lambda e: -e.n_prompt)
     model = make_rival(folder, "all", how).to(device).eval()
     if how != "transformers":
         finetune.keep_freed_memory()
@@ -227,19 +209,15 @@ def products(C, size, device) -> dict:
         for M, K, N in [(57 * size, C, n * C) for n in (3, 1, 4)] + [(57 * size, 4 * C, C)]:
             x, w, g = (torch.randn(s, device=device).to(dtype) for s in ((M, K), (N, K), (M, N)))
             for product in (lambda: x @ w.T, lambda: g @ w, lambda: g.T @ x):
-                once = lambda: (product(), clock())
-                seconds += min(timeit.repeat(once, number=1, repeat=7))
+                seconds += min(timeit.repeat(lambda: (product(), clock()), number=1, repeat=7))
                 work += 2 * M * K * N
         return work / seconds
-
     rates = {"MKL": rate(torch.float32), "bf16": rate(torch.bfloat16)}
     finetune.multiply_with_onednn()
     if torch.backends.mkldnn.matmul.fp32_precision == "bf16":  # else it would really round
         rates["oneDNN"] = rate(torch.float32)
     return rates
 
-
-# ---- who takes turns with whom, and what is printed
 
 # least: times the first row of the group, where oneDNN is twice MKL, and where not; most: GiB
 Row = namedtuple("Row", "name function options least most", defaults=((), None))
@@ -259,14 +237,22 @@ GPU = [  # size of batches, rows
     (256, [THEIRS, Row("full", ours, ALL)]),
     (64, [Row("full", ours, ALL), Row("last block, cached", ours, LAST | CACHED, (3, 3))]),
     (64, [Row("PEFT", rival, LORA | HF), Row("LoRA", ours, LORA)])]
-HEAD = ["what", "times the first", "tokens/s", "GiB", "proof (full: 1 %)", "target", "met"]
 MET = {True: "yes", False: "**no**"}
-REMEDIES = {  # what is measured with it; and without, where switch_off does not do it
-    "mallopt": (ours, ALL), "caches": (ours, ALL), "products": (ours, ALL), "flash": (ours, ALL),
-    "flash-tiny": (ours, ALL | {"folder": "tiny"}), "head": (ours, ALL), "lengths": (ours, ALL),
-    "fused": (ours, ALL), "prefix": (ours, {"policy": "last_two_blocks"} | CACHED),
-    "shared": (generation, {"size": 64}, {"how": "unshared"}),
-    "leaving": (generation, {"size": 64, "how": "leaving"}, {"how": "staying"})}
+
+
+def pair(name, function, options, without) -> list[Row]:
+    """Rows without and with a remedy."""
+    return [Row(f"without {name}", function, options | without),
+            Row(f"with {name}", function, options)]
+
+
+TWO_BLOCKS, HOW = {"policy": "last_two_blocks"} | CACHED, {"how": "ours", "size": 64}
+REMEDIES = {name: pair(name, ours, ALL, {"without": name}) for name in (
+    "mallopt", "caches", "products", "flash", "head", "lengths", "fused")} | {
+    "flash-tiny": pair("flash, tiny", ours, ALL | {"folder": "tiny"}, {"without": "flash"}),
+    "prefix": pair("--cache-prefix, two blocks", ours, TWO_BLOCKS, {"flags": []}),
+    "shared": pair("shared beginning of prompts", generation, HOW, {"how": "unshared"}),
+    "leaving": pair("leaving", generation, HOW | {"how": "leaving"}, {"how": "staying"})}
 
 
 def once(function, *args, **options):
@@ -293,12 +279,28 @@ def make_data(folder, n_batches, size) -> str:
 
 def report(*cells) -> None:
     """One row of the table."""
-    print("|", " | ".join(cells + ("",) * (len(HEAD) - len(cells))), "|", flush=True)
+    print("|", " | ".join(cells + ("",) * (7 - len(cells))), "|", flush=True)
+
+
+def print_head(args) -> None:
+    """Write the model, and print what this machine is, and its rates of products."""
+    machine = once(write_model, args.folder, args.layers, 12, 768)
+    args.gpu = args.gpu or machine["gpu"] and "cuda"
+    rates = once(products, 768, 8, "cpu")
+    args.strong = rates.get("oneDNN", 0) > 1.75 * rates["MKL"]
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    cpu = [*re.findall(r"model name\s*: (.*)", info), os.uname().machine][0]
+    print(f"{time.strftime('%F')}, {cpu}, {machine['threads']} threads, {machine['gpu']} torch "
+          f"{machine['torch']}; GPT-2 of {args.layers} blocks; GFLOP/s of products:",
+          ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in rates.items()),
+          f"(targets: oneDNN's {'are' if args.strong else 'are not'} twice MKL's)\n")
+    report("what", "times the first", "tokens/s", "GiB", "proof (full: 1 %)", "target", "met")
+    report(*["---"] * 7)
 
 
 def compare(args, rows, size=8, device="cpu") -> None:
     """Measure the rows in rounds, and report each beside the first."""
-    data = make_data(args.folder, args.steps + WARM, size)
+    data = make_data(args.folder, args.steps + 3, size)
     common, rounds = {"folder": args.folder, "data": data, "size": size, "device": device}, []
     if not find_spec("peft"):  # it needs transformers
         rows = [row._replace(least=()) for row in rows if "transformers" not in str(row.options)]
@@ -310,7 +312,7 @@ def compare(args, rows, size=8, device="cpu") -> None:
         ratios = [a["rate"] / b["rate"] for a, b in zip(own, first)]
         times, peak = statistics.median(ratios), max(f["peak"] for f in own) / 2**30
         proof = max(f.get("proof", 0) / f["step"] / BOOK_STEPS for f in own)
-        least, most = row.least[not args.strong] if row.least else 0, row.most or math.inf
+        least, most = row.least[not args.strong] if row.least else 0, row.most or 1e9
         target = [f"{least} x"] * bool(row.least) + [f"{most} GiB"] * bool(row.most)
         report(f"{row.name}, {device} {size}",
                f"{times:.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
@@ -320,90 +322,56 @@ def compare(args, rows, size=8, device="cpu") -> None:
 
 
 def bench_tiny(args) -> None:
-    """The embedded model: start to first step, as a whole process, and the default run."""
-    with tempfile.TemporaryDirectory() as folder:
-        def seconds(script, *argv):
-            began = time.perf_counter()
-            subprocess.run([sys.executable, ROOT / script, *argv], check=True, stdout=sys.stderr)
-            return time.perf_counter() - began
-
-        one_step = "--max-steps", "1", "--no-responses"
-        start = min(seconds("finetune.py", "--out", f"{folder}/{i}", *one_step) for i in range(3))
-        report("tiny, one step", f"{start:.1f} s", "", "", "", "4 s", MET[start < 4])
-        flags = ["--max-steps", "20"] if args.quick else []
-        taken = seconds("finetune.py", "--out", f"{folder}/run", *flags)
-        seconds("evaluate.py", f"{folder}/run")
-        scores = json.loads(Path(folder, "run", "scores.json").read_text())
-        exact, lost = scores["exact_match"], scores["forgetting"]
-        report("tiny, default run", f"{taken:.0f} s, {exact:.1%} exact, forgets {lost:.2f} nats",
-               "", "", "", "60 s, 96 %, 0.4", MET[taken < 60 and exact >= 0.96 and lost < 0.4])
+    """The embedded model: one step, from start to end of the process, and the default run."""
+    def seconds(script, *argv):
+        began = time.perf_counter()
+        subprocess.run([sys.executable, ROOT / script, *argv], check=True, stdout=sys.stderr)
+        return time.perf_counter() - began
+    out, once_only = f"{args.folder}/tiny", ("--max-steps", "1", "--no-responses", "--overwrite")
+    start = min(seconds("finetune.py", "--out", out, *once_only) for _ in range(3))
+    report("tiny, one step", f"{start:.1f} s", "", "", "", "4 s", MET[start < 4])
+    run = seconds("finetune.py", "--out", out, "--overwrite", *["--max-steps=20"] * args.quick)
+    seconds("evaluate.py", out)
+    scores = json.loads(Path(out, "scores.json").read_text())
+    exact, lost = scores["exact_match"], scores["forgetting"]
+    report("tiny, default run", f"{run:.0f} s, {exact:.1%} exact, forgets {lost:.2f} nats", "", "",
+           "", "60 s, 96 %, 0.4", MET[run < 60 and exact >= 0.96 and lost < 0.4])
 
 
 def bench_gpu(args) -> None:
     """GPT-2 medium's shape on a GPU, beside transformers and PEFT."""
-    if not args.gpu:
-        for size, rows in GPU:
-            for row in rows:
-                report(f"{row.name}, cuda {size}", "not measured here: no GPU")
-        return
-    with tempfile.TemporaryDirectory() as args.folder:
+    args = argparse.Namespace(**vars(args) | {"folder": f"{args.folder}/medium"})
+    if args.gpu:
         once(write_model, args.folder, min(args.layers * 2, 24), 16, 1024)
         rate = once(products, 1024, 64, args.gpu)["bf16"]
         report(f"bf16 products, {args.gpu} 64", f"{rate / 1e12:,.1f} TFLOP/s")
         for size, rows in GPU:
             compare(args, rows, size, args.gpu)
-
-
-def ablate(args, remedy) -> None:
-    """Measure with a remedy beside without it."""
-    function, options, *without = REMEDIES[remedy]
-    without = options | (without[0] if without else {"without": remedy.removesuffix("-tiny")})
-    compare(args, [Row(f"without {remedy}", function, without),
-                   Row(f"with {remedy}", function, options)])
-
-
-def parse_args():
-    """The flags."""
-    parser = argparse.ArgumentParser(description="Speed and memory as a Markdown table.")
-    parser.add_argument("--only", default=",".join([*CPU, "tiny", "gpu"]), help="of %(default)s")
-    parser.add_argument("--ablate", nargs="?", const=",".join(REMEDIES), metavar="NAMES",
-                        help=f"with and without each remedy: {', '.join(REMEDIES)}")
-    parser.add_argument("--steps", type=int, default=12, help="measured, in a round")
-    parser.add_argument("--rounds", type=int, default=3, help="in which the variants take turns")
-    parser.add_argument("--layers", type=int, default=12, help="fewer: a test of this file")
-    parser.add_argument("--quick", action="store_true", help="two steps, one round")
-    parser.add_argument("--gpu", help=argparse.SUPPRESS)  # a device for its rows: cpu tests them
-    args = parser.parse_args()
-    if args.quick:
-        args.steps, args.rounds = 2, 1
-    return args
+    for size, row in [(size, row) for size, rows in GPU for row in rows if not args.gpu]:
+        report(f"{row.name}, cuda {size}", "not measured here: no GPU")
 
 
 def main() -> None:
     """Print the table."""
-    args = parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        machine = once(write_model, folder, args.layers, 12, 768)
-        args.gpu = args.gpu or machine["gpu"] and "cuda"
-        rates = once(products, 768, 8, "cpu")
-        args.strong = rates.get("oneDNN", 0) > 1.75 * rates["MKL"]
-        cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-        cpu = re.findall(r"model name\s*: (.*)", cpu) or [platform.processor()]
-        print(f"{time.strftime('%F')}, {cpu[0]}, {machine['threads']} threads, {machine['gpu']} "
-              f"torch {machine['torch']}; GPT-2 of {args.layers} blocks; GFLOP/s of products:",
-              ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in rates.items()),
-              f"(targets: oneDNN's {'are' if args.strong else 'are not'} twice MKL's)\n")
-        report(*HEAD)
-        report(*["---"] * len(HEAD))
+    parser = argparse.ArgumentParser(description="Speed and memory as a Markdown table.")
+    add = parser.add_argument
+    add("--only", default=",".join([*CPU, "tiny", "gpu"]), help="rows: of %(default)s")
+    add("--ablate", nargs="?", const=",".join(REMEDIES), metavar="NAMES",
+        help=f"with and without each remedy: {', '.join(REMEDIES)}")
+    add("--steps", type=int, default=12, help="measured, in a round")
+    add("--rounds", type=int, default=3, help="in which the variants take turns")
+    add("--layers", type=int, default=12, help="fewer: a test of this file")
+    add("--quick", action="store_true", help="two steps, one round")
+    add("--gpu", help=argparse.SUPPRESS)  # a device for its rows: cpu tests them
+    args = parser.parse_args()
+    if args.quick:
+        args.steps, args.rounds = 2, 1
+    with tempfile.TemporaryDirectory() as args.folder:
+        print_head(args)
         for name in (args.ablate or args.only).split(","):
-            args.folder = folder
             try:
-                if args.ablate:
-                    ablate(args, name)
-                elif name in CPU:
-                    compare(args, CPU[name])
-                else:
-                    {"tiny": bench_tiny, "gpu": bench_gpu}[name](args)
+                rows = (CPU | REMEDIES | {"tiny": bench_tiny, "gpu": bench_gpu})[name]
+                rows(args) if callable(rows) else compare(args, rows)
             except Exception as error:
                 report(name, f"not measured: {type(error).__name__}: {error}")
 

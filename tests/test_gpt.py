@@ -7,7 +7,6 @@ import struct
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -23,7 +22,6 @@ SMALL = GPTConfig(vocab_size=61, block_size=24, n_layer=3, n_head=4, n_embd=32)
 FIRST = "transformer.h.0.attn.c_attn.weight"
 WTE = "transformer.wte.weight"
 
-
 def random_model(config=SMALL):
     """Weights far from their init, biases and norms too: no term of the sum is invisible."""
     torch.manual_seed(0)
@@ -33,37 +31,30 @@ def random_model(config=SMALL):
             p.add_(torch.randn_like(p) * 0.25)
     return model
 
-
 @pytest.fixture
 def model():
     return random_model()
-
 
 @pytest.fixture
 def folder(model, tmp_path):
     model.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
-
 def ids(*shape, seed=1):
     return torch.randint(SMALL.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
-
 
 def edit_config(folder, **changes):
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
-
 def files(folder):
     return read_safetensors(folder / "model.safetensors")
-
 
 def edit(folder, change):
     """Let change(tensors) edit the weights of a folder."""
     tensors = files(folder)
     change(tensors)
     write_safetensors(folder / "model.safetensors", tensors)
-
 
 def test_logits_equal_those_of_transformers(folder, model):
     transformers = pytest.importorskip("transformers", reason="the oracle is transformers")
@@ -74,7 +65,6 @@ def test_logits_equal_those_of_transformers(folder, model):
     x = ids(3, 20)
     with torch.no_grad():
         torch.testing.assert_close(ours(x), theirs.eval()(x).logits, atol=2e-6, rtol=0)
-
 
 @pytest.mark.parametrize("writer", ["save_pretrained", "save_model"])
 def test_a_folder_saved_by_transformers_loads_with_its_logits(tmp_path, writer):
@@ -91,7 +81,6 @@ def test_a_folder_saved_by_transformers_loads_with_its_logits(tmp_path, writer):
     assert ours.lm_head.weight is ours.wte.weight
     with torch.no_grad():
         torch.testing.assert_close(ours(x), theirs(x).logits, atol=2e-6, rtol=0)
-
 
 def test_a_block_equals_torch_transformer_encoder_layer(model):
     C, block = SMALL.n_embd, model.h[0]
@@ -110,14 +99,12 @@ def test_a_block_equals_torch_transformer_encoder_layer(model):
         expected = layer(x, src_mask=mask, is_causal=True)
         torch.testing.assert_close(block(x), expected, atol=2e-6, rtol=0)
 
-
 def test_blocks_run_in_two_parts_give_the_bits_of_one(model):
     x = ids(2, 9)
     assert torch.equal(model.features(x), model.ln_f(model.run_blocks(model.embed(x))))
     for k in range(4):
         hidden = model.run_blocks(model.run_blocks(model.embed(x), 0, k), k)
         assert torch.equal(model.lm_head(model.ln_f(hidden)), model(x))
-
 
 @pytest.mark.parametrize("n_embd, n_layer, n_head, count", [
     (768, 12, 12, 124_439_808), (1024, 24, 16, 354_823_168), (1280, 36, 20, 774_030_080),
@@ -126,7 +113,6 @@ def test_parameter_counts_are_those_published(n_embd, n_layer, n_head, count):
     with torch.device("meta"):
         model = GPT(GPTConfig(n_embd=n_embd, n_layer=n_layer, n_head=n_head))
     assert sum(p.numel() for p in model.parameters()) == count
-
 
 def test_new_weights_have_gpt2_s_spread_and_those_that_add_to_the_residual_stream_less():
     torch.manual_seed(0)
@@ -137,7 +123,6 @@ def test_new_weights_have_gpt2_s_spread_and_those_that_add_to_the_residual_strea
             assert p.std().item() == pytest.approx(std, rel=0.1), name
         else:
             assert torch.equal(p, torch.full_like(p, float(name.endswith("weight")))), name
-
 
 @pytest.mark.parametrize("site", ["drop", "attn", "attn.resid_dropout", "mlp.dropout"])
 def test_dropout_acts_at_each_of_its_four_places_and_in_training_only(folder, site):
@@ -152,7 +137,6 @@ def test_dropout_acts_at_each_of_its_four_places_and_in_training_only(folder, si
     assert not torch.equal(model(x), model(x))
     assert torch.equal(model.eval()(x), model(x))
 
-
 def test_cached_logits_equal_full_logits_at_every_split(model):
     x = ids(2, 14)
     with torch.no_grad():
@@ -162,7 +146,6 @@ def test_cached_logits_equal_full_logits_at_every_split(model):
             parts = [model.features(x[:, :split], cache), model.features(x[:, split:], cache)]
             logits = model.lm_head(torch.cat(parts, dim=1))
             torch.testing.assert_close(logits, full, atol=2e-6, rtol=0)
-
 
 def one_by_one(model, prompt, n, eos_id=None):
     """Generation as the definition has it: the whole text again for each token."""
@@ -175,10 +158,8 @@ def one_by_one(model, prompt, n, eos_id=None):
         text.append(token)
     return text[len(prompt):]
 
-
 PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3, 5], [8], list(range(20)), list(range(23))]
 ROOM = [9, 9, 9, 4, 1]  # of nine new ids each; the last two fill the block
-
 
 def test_a_batch_gives_what_each_prompt_gives_alone_up_to_its_eos_or_a_full_block(model):
     free = generate(model, PROMPTS, 9)
@@ -187,7 +168,6 @@ def test_a_batch_gives_what_each_prompt_gives_alone_up_to_its_eos_or_a_full_bloc
     for eos_id in (None, free[0][4], free[1][2], free[2][0]):
         expected = [one_by_one(model, p, 9, eos_id) for p in PROMPTS]
         assert generate(model, PROMPTS, 9, eos_id=eos_id) == expected
-
 
 def watch(model):
     """A list of the numbers of tokens that the model is given, call by call."""
@@ -198,20 +178,17 @@ def watch(model):
     model.wte.register_forward_hook(hook)
     return counts
 
-
-@pytest.mark.parametrize("options", [{}, {"temperature": 1.5, "seed": 3}])
-def test_rows_that_have_ended_cost_nothing_and_change_no_other_row(model, options):
+def test_rows_that_have_ended_cost_nothing_and_change_no_other_row(model):
     prompts = [*PROMPTS, *([7, 7, 7, n] for n in range(12))]
-    free = generate(model, prompts, 9, **options)
+    free = generate(model, prompts, 9)
     counts = watch(model)
     for eos_id in {a[3] for a in free if len(a) > 3}:
         counts.clear()
-        stopped = generate(model, prompts, 9, eos_id=eos_id, **options)
+        stopped = generate(model, prompts, 9, eos_id=eos_id)
         assert stopped == [a[:a.index(eos_id)] if eos_id in a else a for a in free]
         # After the prompts: each answer's tokens, of which the last one is not fed back.
         fed = [min(len(a), room - 1) for a, room in zip(stopped, ROOM + [9] * 12)]
         assert sum(counts[1:]) == sum(fed)
-
 
 def test_what_all_prompts_begin_with_is_computed_once(model):
     prompts = [[1, 2, 3, 4, 5, n] for n in range(6)] + [[1, 2, 3, 4, 5]]
@@ -221,7 +198,6 @@ def test_what_all_prompts_begin_with_is_computed_once(model):
     assert counts[:2] == [4, 7 * 2]
     assert generate(model, [prompts[0]] * 3, 5) == [expected[0]] * 3
     assert generate(model, [], 5) == []
-
 
 class PerRow(torch.nn.Module):
     """As lora.py's layer: `active` has one entry for each row of the batch."""
@@ -233,7 +209,6 @@ class PerRow(torch.nn.Module):
     def forward(self, x):
         assert len(self.active) == len(x)
         return x + torch.tensor(self.active)[:, None, None] * torch.linspace(-1, 1, x.shape[-1])
-
 
 def test_adapters_chosen_for_each_row_stay_with_their_rows(model):
     prompts, active = [[5, 6, 7, 8]] * 4, [0.0, 1.0, -2.0, 3.0]
@@ -249,14 +224,21 @@ def test_adapters_chosen_for_each_row_stay_with_their_rows(model):
         assert generate(model, prompts, 9, eos_id=eos_id) == cut
         assert layer.active is active == [0.0, 1.0, -2.0, 3.0]
 
-
-def test_generation_is_without_dropout_and_leaves_the_modes_of_the_modules_alone(folder):
+def test_generation_is_without_dropout_and_leaves_modules_as_they_were_also_after_an_error(folder):
     model = GPT.from_pretrained(folder, dropout=0.5)
     model.h[0].eval()
-    assert generate(model, PROMPTS, 9) == generate(random_model(), PROMPTS, 9)
-    assert model.training and model.h[1].training
-    assert not model.h[0].training and not model.h[0].attn.training
-
+    layer = model.h[2].mlp.dropout = PerRow([0.0] * len(PROMPTS))
+    def as_before():
+        modes = [m.training for m in (model, model.h[1], model.h[0], model.h[0].attn)]
+        return modes == [True, True, False, False] and layer.active == [0.0] * len(PROMPTS)
+    assert generate(model, PROMPTS, 9) == generate(random_model(), PROMPTS, 9) and as_before()
+    def fail(*args):
+        if len(layer.active) < len(PROMPTS):  # when rows have left
+            raise KeyboardInterrupt
+    model.ln_f.register_forward_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, PROMPTS, 9)
+    assert as_before()
 
 def test_sampling_is_reproducible_by_seed_and_greedy_generation_draws_nothing(model):
     draw = lambda seed: generate(model, PROMPTS, 8, temperature=1.5, seed=seed)
@@ -265,8 +247,6 @@ def test_sampling_is_reproducible_by_seed_and_greedy_generation_draws_nothing(mo
     generate(model, PROMPTS, 3)
     assert torch.equal(torch.random.get_rng_state(), state)
 
-
-U = (torch.arange(4000) + 0.5) / 4000  # uniform numbers in [0, 1)
 DRAWN = [  # logits, temperature, top_k, top_p -> which ids are drawn
     ([0.0] * 6, 1.0, 2, None, 2), ([0.0] * 4, 1.0, None, 0.5, 2), ([0.0] * 4, 1.0, None, 0.51, 3),
     ([.5, .3, .15, .05], 1.0, None, 0.4, [0]), ([.5, .3, .15, .05], 1.0, None, 0.6, [0, 1]),
@@ -274,35 +254,31 @@ DRAWN = [  # logits, temperature, top_k, top_p -> which ids are drawn
     ([.05, .3, .5, .15], 1.0, 2, None, [1, 2]), ([.2, .5, .3], 0.0, None, None, [1]),
     ([.2, .5, .3], 1e-3, None, None, [1]), ([.2, .5, .3], 1.0, 9, None, [0, 1, 2])]
 
-
 @pytest.mark.parametrize("values, temperature, top_k, top_p, expected", DRAWN)
 def test_top_k_keeps_k_also_among_equals_and_top_p_the_fewest_that_reach_p(
         values, temperature, top_k, top_p, expected):
     logits = torch.tensor(values)
     logits = (logits.log() if logits.any() else logits).expand(4000, -1)
-    drawn = sample(logits, temperature, top_k, top_p, U).unique().tolist()
+    rng = torch.Generator().manual_seed(0)
+    drawn = sample(logits, temperature, top_k, top_p, rng).unique().tolist()
     assert drawn == expected if isinstance(expected, list) else len(drawn) == expected
 
-
 def test_ids_are_drawn_as_often_as_their_probability_says():
-    logits = torch.tensor([2.0, 0.0]).expand(4000, 2)
-    for temperature in (0.5, 2.0):
-        share = (sample(logits, temperature, None, None, U) == 0).double().mean()
-        assert abs(share - torch.sigmoid(torch.tensor(2.0 / temperature))) < 1e-3
-    ends = torch.tensor([0.0, 1 - 2**-24])
-    assert sample(torch.tensor([[0.0, -200.0]] * 2), 1.0, None, None, ends).tolist() == [0, 0]
-
+    for temperature in (0.5, 1.0, 2.0):
+        expected = (torch.tensor([0.5, 0.3, 0.2]).log() / temperature).softmax(-1)
+        rng = torch.Generator().manual_seed(0)
+        drawn = sample(torch.tensor([0.5, 0.3, 0.2]).log().expand(40_000, 3), temperature, rng=rng)
+        share = drawn.bincount(minlength=3) / 40_000
+        torch.testing.assert_close(share, expected, atol=0.01, rtol=0)  # four deviations
 
 @pytest.mark.parametrize("change", [
     dict(prompts=[[1], []]), dict(prompts=[list(range(24))]), dict(max_new_tokens=0),
-    dict(temperature=-1.0), dict(temperature=float("nan")), dict(top_k=3), dict(top_p=0.5),
-    *(dict(temperature=1.0, top_k=k) for k in (0, -1)),
+    dict(temperature=-1.0), dict(temperature=float("nan")), dict(temperature=1.0, top_k=-1),
     *(dict(temperature=1.0, top_p=p) for p in (0.0, -0.5, 1.5))])
 def test_generation_refuses_what_it_cannot_honour(model, change):
     with pytest.raises(ValueError) as caught:
         generate(model, **{"prompts": [[1, 2]], "max_new_tokens": 3, **change})
     assert "\n" not in str(caught.value)
-
 
 def test_saving_and_loading_gives_the_same_model_without_torchs_compiler(model, folder):
     again = GPT.from_pretrained(folder)
@@ -311,15 +287,13 @@ def test_saving_and_loading_gives_the_same_model_without_torchs_compiler(model, 
         assert name == other and torch.equal(p, q) and q.requires_grad and q.is_contiguous()
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
     for given, written in ((None, 60), (5, 5), (0, 0)):
-        GPT(gpt.replace(SMALL, dropout=0.3)).save_pretrained(folder, eos_id=given)
+        model.save_pretrained(folder, eos_id=given)
         config = json.loads((folder / "config.json").read_text())
         assert config["eos_token_id"] == config["bos_token_id"] == written
         assert config["model_type"] == "gpt2" and config["architectures"] == ["GPT2LMHeadModel"]
-        assert {config[key] for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop")} == {0.3}
     code = f"import gpt, sys; gpt.GPT.from_pretrained({str(folder)!r}); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert "gpt" in done.stdout.split() and not {"torch._dynamo", "sympy"} & {*done.stdout.split()}
-
 
 def older(tensors):
     """Without prefix, and with the mask as buffers."""
@@ -328,7 +302,6 @@ def older(tensors):
     for i in range(3):
         tensors[f"h.{i}.attn.bias"] = torch.ones(1, 1, 24, 24).tril()
         tensors[f"h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
-
 
 @pytest.mark.parametrize("change", [
     older, lambda t: t.update({"lm_head.weight": t[WTE].clone()}),
@@ -345,7 +318,6 @@ def test_files_in_other_forms_load_as_the_same_tied_model_in_float32(model, fold
     rounded = {"float16", "bfloat16"} & {str(t.dtype)[6:] for t in files(folder).values()}
     assert rounded or torch.equal(loaded(x), model(x))
 
-
 def test_the_head_is_tied_untied_or_its_own_as_asked(model, folder, tmp_path):
     untied = GPT.from_pretrained(folder, tie_word_embeddings=False)
     assert untied.lm_head.weight.data_ptr() != untied.wte.weight.data_ptr()
@@ -359,44 +331,33 @@ def test_the_head_is_tied_untied_or_its_own_as_asked(model, folder, tmp_path):
         assert not loaded.config.tie_word_embeddings
         assert torch.equal(loaded.lm_head.weight, 2 * model.wte.weight)
         assert torch.equal(loaded.wte.weight, model.wte.weight)
-        with pytest.raises(ValueError, match="cannot be tied"):
-            GPT.from_pretrained(path, tie_word_embeddings=True)
 
-
-def shard(folder):
-    tensors, weight_map = files(folder), {}
-    (folder / "model.safetensors").unlink()
+def test_a_sharded_folder_loads_and_a_missing_shard_or_a_second_copy_is_named(model, folder):
+    tensors, x = files(folder), ids(1, 9)
+    (folder / "model.safetensors").rename(folder / "whole")
     for i, names in enumerate((list(tensors)[:9], list(tensors)[9:]), 1):
-        weight_map |= dict.fromkeys(names, f"model-0000{i}-of-00002.safetensors")
-        write_safetensors(folder / weight_map[names[0]], {name: tensors[name] for name in names})
-    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-def test_a_sharded_folder_loads_and_a_whole_file_beside_the_shards_wins(model, folder):
-    whole, x = (folder / "model.safetensors").read_bytes(), ids(1, 9)
-    shard(folder)
+        path = folder / f"model-0000{i}-of-00002.safetensors"
+        write_safetensors(path, {name: tensors[name] for name in names})
     assert torch.equal(GPT.from_pretrained(folder).eval()(x), model(x))
-    (folder / "model-00001-of-00002.safetensors").unlink()
-    with pytest.raises(OSError, match="model-00001-of-00002.safetensors"):
+    path.unlink()
+    with pytest.raises(ValueError, match=f"(?s)Missing.*{names[0].removeprefix('transformer.')}"):
         GPT.from_pretrained(folder)
-    (folder / "model.safetensors").write_bytes(whole)
-    assert torch.equal(GPT.from_pretrained(folder).eval()(x), model(x))
-
+    (folder / "whole").rename(folder / "model.safetensors")
+    with pytest.raises(ValueError, match="is there twice"):
+        GPT.from_pretrained(folder)
 
 def swap(folder, old, new):
     (folder / old).rename(folder / new)
-
 
 @pytest.mark.parametrize("damage, message", [
     (lambda f: edit(f, lambda t: t.pop(FIRST)), "Missing.*h.0.attn.c_attn.weight"),
     (lambda f: edit(f, lambda t: t.pop(WTE)), "wte.weight"),
     (lambda f: edit(f, lambda t: t.update(extra=torch.ones(1))), "Unexpected.*extra"),
     (lambda f: edit(f, lambda t: t.update({FIRST: t[FIRST].t()})), "size mismatch for h.0.attn"),
-    (lambda f: edit(f, lambda t: t[FIRST].fill_(float("nan"))), "h.0.attn.c_attn.weight .*NaN"),
-    (lambda f: edit(f, lambda t: t[FIRST][0, 0].fill_(float("inf"))), "c_attn.weight .*inf"),
-    (lambda f: edit(f, lambda t: t.update({FIRST: t[FIRST].double() * 1e300})), "weight .*inf"),
-    (lambda f: edit(f, lambda t: t.update({FIRST: t[FIRST].int()})), "c_attn.weight .*integers"),
+    (lambda f: edit(f, lambda t: t[FIRST].fill_(float("nan"))), "h.0.attn.c_attn.weight .*finite"),
+    (lambda f: edit(f, lambda t: t[FIRST][0, 0].fill_(float("inf"))), "c_attn.weight .*finite"),
+    (lambda f: edit(f, lambda t: t.update({FIRST: t[FIRST].double() * 1e300})), "weight .*finite"),
+    (lambda f: edit(f, lambda t: t.update({FIRST: t[FIRST].long()})), "c_attn.weight .*floats"),
     (lambda f: edit(f, lambda t: t.update({"wte.weight": t[WTE] * 2})), "wte.weight is there tw"),
     (lambda f: edit_config(f, n_layer=2), "Unexpected.*h.2."),
     (lambda f: edit_config(f, n_layer=4), "Missing.*h.3."),
@@ -406,12 +367,10 @@ def swap(folder, old, new):
     (lambda f: edit_config(f, activation_function="relu"), "activation_function 'relu'"),
     (lambda f: edit_config(f, scale_attn_weights=False), "scale_attn_weights False"),
     (lambda f: edit_config(f, scale_attn_by_inverse_layer_idx=True), "inverse_layer_idx True"),
-    (lambda f: edit_config(f, add_cross_attention=True), "add_cross_attention"),
-    (lambda f: edit_config(f, n_inner=100), "n_inner 100"),
     (lambda f: (f / "config.json").write_text("{"), "config.json: not JSON"),
     (lambda f: (f / "config.json").unlink(), "model"),
-    (lambda f: (f / "model.safetensors").unlink(), "no config.json with model.safetensors"),
-    (lambda f: swap(f, "model.safetensors", "pytorch_model.bin"), "a pickle, convert it"),
+    (lambda f: (f / "model.safetensors").unlink(), "no model, nor tiny, gpt2"),
+    (lambda f: swap(f, "model.safetensors", "pytorch_model.bin"), "a pickle: save it again"),
     (lambda f: swap(f, "config.json", "hparams.json"), "TensorFlow"),
     (lambda f: (swap(f, "config.json", "adapter_config.json"),
                 swap(f, "model.safetensors", "adapter_model.safetensors")), "merge it first"),
@@ -419,10 +378,8 @@ def swap(folder, old, new):
 ])
 def test_a_folder_that_lies_or_is_of_another_kind_is_refused_by_name(folder, damage, message):
     damage(folder)
-    with pytest.raises((ValueError, OSError), match=message) as caught:
+    with pytest.raises((ValueError, OSError), match=f"(?s){folder}.*{message}"):
         GPT.from_pretrained(folder)
-    assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
-
 
 def test_unmerged_adapters_are_not_saved_away_in_silence(model, tmp_path):
     parameter = torch.nn.Parameter(torch.zeros(1))
@@ -433,29 +390,27 @@ def test_unmerged_adapters_are_not_saved_away_in_silence(model, tmp_path):
     model.save_pretrained(tmp_path / "x", base_only=True)
     assert torch.equal(GPT.from_pretrained(tmp_path / "x").wte.weight, model.wte.weight)
 
-
 def test_runs_are_located_with_their_adapter_and_their_base(folder, tmp_path):
     run, adapter = tmp_path, tmp_path / "adapter"
     assert model_folder(run) == folder and locate(str(run)) == (folder, None)
     assert locate(folder) == (folder, None)
     adapter.mkdir()
     assert locate(run) == (folder, adapter)  # a hybrid run
-    with pytest.raises(ValueError, match="merge it first"):
+    with pytest.raises(OSError, match="merge it first"):
         model_folder(run)
     folder.rename(tmp_path / "base")
     for base, expected in (("tiny", ROOT / "tiny" / "model"), (str(tmp_path / "base"),) * 2):
         (run / "run.json").write_text(json.dumps({"flags": {"model": base}}))
         assert locate(run) == (Path(expected), adapter)
-    with pytest.raises(FileNotFoundError, match="nowhere: .*tiny, gpt2"):
+    with pytest.raises(FileNotFoundError, match="nowhere: no model, nor tiny, .*distilgpt2$"):
         locate("nowhere")
-
 
 def test_safetensors_round_trip_and_agree_with_the_library(tmp_path):
     ours, theirs = tmp_path / "x.safetensors", tmp_path / "y.safetensors"
     tensors = {"a": torch.randn(3, 5).t(), "b": torch.arange(7), "d": torch.zeros(0, 4),
                "c": torch.tensor(2.5, dtype=torch.bfloat16), "e": torch.tensor([True, False]),
                "é": torch.randn(2).half(), "f": torch.randn(3).double(),
-               "g": torch.tensor([1, 255], dtype=torch.uint8), "h": torch.arange(3).int()}
+               "g": torch.tensor([1, 255], dtype=torch.uint8)}
     same = lambda read: set(read) == set(tensors) and all(
         torch.equal(read[n], t) and read[n].dtype == t.dtype for n, t in tensors.items())
     write_safetensors(ours, tensors)
@@ -471,62 +426,49 @@ def test_safetensors_round_trip_and_agree_with_the_library(tmp_path):
     ours.write_bytes(raw({"__metadata__": {"format": "pt"}}))
     assert read_safetensors(ours) == {}
 
-
 def raw(header, body=b"", length=None):
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text + body
 
-
 def entry(begin, end, shape=(1,), dtype="F32"):
     return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
-
 
 MALFORMED = [
     b"", b"1234567", raw(b""), raw(b"{}", length=2**63), raw(b"{}", length=99),  # the length
     raw(b"\xff\xfe{}"), raw(b'{"a":'), raw(b"[1]"), raw(b"12"), raw(b"{}\0\0"),  # not an object
-    raw({"a": entry(0, 4)}, b"123"), raw({"a": entry(0, 4)}, b"12345"),  # cut short, one byte more
+    raw({"a": entry(0, 4)}, b"123"),  # cut short
     b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\n", b"PK\x03\x04" + b"\0" * 60,
     b"<!DOCTYPE html><html><body>404</body></html>",
     raw({"a": entry(0, 8)}, b"12345678"), raw({"a": entry(4, 0)}, b"1234"),
-    raw({"a": entry(-4, 0)}), raw({"a": entry(4, 8)}, b"1" * 8),
-    raw({"a": entry(0, 4), "b": entry(8, 12)}, b"1" * 12),  # a hole
-    raw({"a": entry(0, 4), "b": entry(2, 6)}, b"1" * 6),  # overlap
-    raw({"a": entry(0, 4), "b": entry(0, 4)}, b"1" * 4), raw({"a": entry(0, 1, dtype="F4")}, b"1"),
+    raw({"a": entry(-4, 0)}), raw({"a": entry(4, 8)}, b"1234"),
+    raw({"a": entry(0, 1, dtype="F4")}, b"1"),
     raw({"a": entry(0, 4, [2**62, 2**62])}, b"1234"), raw({"a": entry(0, 4, [-1, -1])}, b"1234"),
     raw({"a": {"dtype": "F32", "shape": [1]}}, b"1234"), raw({"a": entry(0, 4, "ab")}, b"1234"),
     raw({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 1, 4]}}, b"1234"),
     raw(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"),  # deep nesting
 ]
 
-
 @pytest.mark.parametrize("content", MALFORMED, ids=range(len(MALFORMED)))
 def test_malformed_safetensors_are_one_clear_error(tmp_path, content):
     path = tmp_path / "bad.safetensors"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="bad.safetensors: not a whole") as caught:
+    with pytest.raises(ValueError, match="bad.safetensors: no safetensors file") as caught:
         read_safetensors(path)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
-
 @pytest.mark.parametrize("write", [
     lambda path: write_safetensors(path, {"a": torch.ones(2, device="meta")}),
-    lambda path: gpt.write_json(path, {"a": object()}),
-    lambda path: gpt.write_json(path, {"a": "a disk that fails"})])
-def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, write):
-    def fail(descriptor):
-        raise OSError("No space left on device")
-    monkeypatch.setattr(gpt.os, "fsync", fail)
+    lambda path: gpt.write_json(path, {"a": object()})])
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, write):
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises((NotImplementedError, TypeError, OSError)):
+    with pytest.raises((NotImplementedError, TypeError)):
         write(path)
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("file", "old")]
-
 
 BODY = bytes(range(256)) * 1000
 SHA256 = hashlib.sha256(BODY).hexdigest()
 PAGE = b"\n <!DOCTYPE html><html><body>Please log in to the airport's network</body></html>"
-
 
 class Handler(http.server.BaseHTTPRequestHandler):
     log_message = lambda *_: None
@@ -542,10 +484,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -558,50 +498,36 @@ def server(monkeypatch):
     thread.join()
     server.server_close()
 
-
 def hub(handler, sha256=SHA256, size=len(BODY), body=BODY):
     """As the Hugging Face hub: its redirect names size and sha256, its CDN another hash."""
     if handler.path == "/cdn":
         return handler.send(body, ETag='"' + "ab" * 32 + '"')
     handler.send(b"", 302, Location="/cdn", X_Linked_Size=str(size), X_Linked_Etag=f'"{sha256}"')
 
-
-def busy_twice(handler):
-    handler.send(BODY, status=200 if len(handler.server.requests) > 2 else 503)
-
-
-def test_a_file_arrives_whole_and_alone_also_after_two_failures(server, tmp_path, capsys):
-    for answer, n in ((server.answer, 1), (busy_twice, 3), (hub, 2)):
+def test_a_file_arrives_whole_and_alone(server, tmp_path):
+    for answer, n in ((server.answer, 1), (hub, 2)):
         server.answer, server.requests = answer, []
-        given = None if answer is hub else SHA256
-        download(f"{server.url}/file", tmp_path / "cache" / "file", given)
+        download(f"{server.url}/file", tmp_path / "cache" / "file")
         assert (tmp_path / "cache" / "file").read_bytes() == BODY and len(server.requests) == n
         assert [p.name for p in (tmp_path / "cache").iterdir()] == ["file"]
-    assert capsys.readouterr().err == ""
-    server.answer = lambda handler: handler.send(bytes(2**24 + 1))
-    download(f"{server.url}/file", tmp_path / "large")
-    assert "large: 16 of 16 MiB" in capsys.readouterr().err
 
-
-@pytest.mark.parametrize("answer, requests, message", [
-    (lambda h: h.send(b"busy", 503), 3, "503"), (lambda h: h.send(b"no", 404), 1, "404"),
-    (lambda h: h.send(BODY[1:]), 1, "another sha256|as given"),
-    (lambda h: h.send(BODY, Content_Length=len(BODY) + 1), 3, "bytes came inst"),
-    (lambda h: h.send(PAGE), 1, "web page"), (lambda h: h.close_connection, 3, "closed"),
-    (lambda h: hub(h, sha256="0" * 64), 2, f"another sha256, {SHA256}"),
-    (lambda h: hub(h, size=len(BODY) - 1), 6, "bytes came instead of"),
-    (lambda h: hub(h, body=bytes(len(BODY))), 2, "another sha256"),
+@pytest.mark.parametrize("answer, message", [
+    (lambda h: h.send(b"no", 404), "404"), (lambda h: h.close_connection, "closed"),
+    (lambda h: h.send(BODY, Content_Length=len(BODY) + 1), "not the file"),
+    (lambda h: h.send(PAGE, Content_Type="text/html; charset=utf-8"), "not the file"),
+    (lambda h: hub(h, sha256="0" * 64), "not the file"),
+    (lambda h: hub(h, size=len(BODY) - 1), "not the file"),
+    (lambda h: hub(h, body=bytes(len(BODY))), "not the file"),
 ])
 def test_an_answer_that_is_not_the_file_is_one_clear_error_and_leaves_the_old_file(
-        server, tmp_path, answer, requests, message):
-    server.answer, given = answer, SHA256 if "given" in message else None
+        server, tmp_path, answer, message):
+    server.answer = answer
     (tmp_path / "file").write_text("old")
-    with pytest.raises((OSError, ValueError), match=message) as caught:
-        download(f"{server.url}/file", tmp_path / "file", sha256=given)
-    assert "\n" not in str(caught.value) and f"{server.url}/file" in str(caught.value)
-    assert len(server.requests) == requests
+    with pytest.raises(OSError, match=f"{server.url}/file: .*{message}.*{tmp_path} yourself"):
+        download(f"{server.url}/file", tmp_path / "file")
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("file", "old")]
 
+FILES = ["config.json", "vocab.json", "merges.txt", "model.safetensors"]
 
 def test_a_published_model_is_fetched_once_into_the_cache(server, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_ENDPOINT", server.url + "/hub/")
@@ -610,8 +536,8 @@ def test_a_published_model_is_fetched_once_into_the_cache(server, tmp_path, monk
                        ("distilgpt2", "distilbert/distilgpt2")):
         folder, server.requests = tmp_path / "gpt2-finetune" / name, []
         assert model_folder(name) == model_folder(name) == folder
-        assert server.requests == [f"/hub/{repo}/resolve/main/{file}" for file in gpt.FILES]
-        assert {p.name for p in folder.iterdir()} == set(gpt.FILES)
+        assert server.requests == [f"/hub/{repo}/resolve/main/{file}" for file in FILES]
+        assert {p.name for p in folder.iterdir()} == set(FILES)
     monkeypatch.setenv("HOME", str(tmp_path / "gpt2-finetune" / "gpt2-medium"))
     monkeypatch.delenv("HF_HOME")
     assert ".cache/huggingface/gpt2-finetune/gpt2" in model_folder("gpt2").as_posix()
@@ -623,7 +549,6 @@ def test_a_published_model_is_fetched_once_into_the_cache(server, tmp_path, monk
     error = capsys.readouterr().err
     assert server.requests == ["/hub/distilbert/distilgpt2/resolve/main/merges.txt"]
     assert error.count("\n") == 1 and "404" in error and str(folder) in error
-
 
 def test_the_device_is_chosen_by_name_and_by_what_is_there(monkeypatch):
     there, asked = [None, torch.device("cuda")], []
@@ -640,6 +565,24 @@ def test_the_device_is_chosen_by_name_and_by_what_is_there(monkeypatch):
             choose_device(name)
     assert asked == ["cuda:3", "cuda:3", "cuda:1", "gpu"]
 
+def test_short_fp32_texts_on_a_cpu_and_no_others_go_without_the_flash_kernel():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for device, dtype, length, flash in (
+            (cpu, torch.float32, 256, False), (cpu, torch.float32, 257, True),
+            (cpu, torch.bfloat16, 100, True), (cuda, torch.float32, 100, True)):
+        gpt.choose_attention(device, dtype, length)
+        assert torch.backends.cuda.flash_sdp_enabled() == flash
+
+def test_freed_memory_is_kept_by_glibc_and_onednn_and_the_user_s_limits_win(monkeypatch):
+    calls, old_glibc = [], lambda *args: calls.append(args) or int(args[1] != 1 << 30)
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")
+    for library in (type("Glibc", (), {"mallopt": old_glibc}), object()):  # musl has none
+        monkeypatch.setattr(gpt.ctypes, "CDLL", lambda name: library)
+        gpt.keep_freed_memory()
+    assert calls == [(-3, 1 << 30), (-3, 32 << 20), (-1, -1)]
+    assert gpt.os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "24"
+    assert gpt.os.environ["LRU_CACHE_CAPACITY"] == "7"
 
 def test_the_command_line_continues_a_text_and_names_what_is_wrong(capsys, monkeypatch):
     options, true = [], gpt.generate
@@ -650,7 +593,7 @@ def test_the_command_line_continues_a_text_and_names_what_is_wrong(capsys, monke
     flags = ["--prompt", "The", "--temperature", "2", "--top-k", "9", "--top-p", "0.9", "--seed"]
     texts = [(gpt.main([*flags, seed]), capsys.readouterr().out) for seed in "112"]
     assert texts[0] == texts[1] != texts[2] and {o["eos_id"] for o in options} == {2047}
-    for wrong in ([""], ["a", "--top-k", "3"], ["a", "--model", "x"]):
+    for wrong in ([""], ["a", "--top-k", "-3"], ["a", "--model", "x"]):
         assert gpt.main(["--prompt", *wrong]) == 1
         error = capsys.readouterr().err
         assert error.startswith("error: ") and error.count("\n") == 1

@@ -1,0 +1,298 @@
+"""The tables of experiments/README.md: each row is a command line, run with several seeds.
+
+A row's commands are run as they are printed, in the project's root. What is finished is read from
+its folder, so a table that was stopped goes on. All rows are printed, also where nothing was found,
+with mean and standard error. A row is one pass over a quarter of the training part, unless its
+commands say otherwise: a full pass takes most rows to the ceiling, where methods do not differ.
+Forgetting is the loss on plain text (nats per token) after a row's runs, minus before.
+
+    python experiments/tables.py layers stages
+    python experiments/tables.py ranks --model runs/eight/model --data my-records.json --text a.txt
+"""
+
+import argparse
+import math
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import warnings
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+from types import SimpleNamespace
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the six files
+from choose_layers import batch_size  # noqa: E402
+from data import encode_examples, format_prompt, load_parts  # noqa: E402
+from evaluate import load_model, read_records, text_nll  # noqa: E402
+from gpt import read_json  # noqa: E402
+
+QUALITY = ["exact match %", "response NLL", "forgetting"]
+COLUMNS = {
+    "layers": ["trainable", *QUALITY],
+    "freezing": ["trainable", *QUALITY, "train - val loss", "steps to loss 0.8", "peak MiB"],
+    "ranks": ["trainable", *QUALITY, "saved MiB"], "rates": ["trainable", *QUALITY],
+    "length": ["steps", "target tokens", *QUALITY], "stages": ["steps", *QUALITY],
+    "instructions": ["prompt tokens", "steps", "target tokens", *QUALITY]}
+DIGITS = {"exact match %": 1, "response NLL": 3, "forgetting": 3, "train - val loss": 3,
+          "saved MiB": 2, "prompt tokens": 1}  # of the other columns none
+FULL, LORA, HYBRID = "--trainable all", "--lora-r 8", "--lora-r 8 --trainable lora,last_block"
+slug = partial(re.sub, r"[^\w.]+", "-")  # a text as the name of a folder
+STAGES, SCORE = ["/stage1", "/stage2", "/stage3"], " && python evaluate.py {text}{out}"
+USUAL, REPEATED = "--max-examples {n} --epochs 1", "--max-examples {quarter} --epochs 4"
+
+
+def finetune(flags: str, model="{model}", data="{data}", out="{out}", seed="{seed}") -> str:
+    """A run; `fill` replaces what stands in braces. USUAL, where the flags do not say how long."""
+    flags += "" if re.search("epochs|steps", flags) else f" {USUAL}"
+    return f"python finetune.py --model {model} --data {data} {flags} --seed {seed} --out {out}"
+
+
+def chosen(rule: str) -> str:
+    """The policy that a rule chooses, put into a command by the shell."""
+    return ('"$(python experiments/choose_layers.py --model {model} --data {data} '
+            f'--by {rule} --seed {{seed}})"')
+
+
+def shaped(shape: str, flags: str, stages=("",)) -> str:
+    """A data folder and a run on it, or on each of its stages, from the last one's model. The seeds
+    share the folder unless something is drawn by chance."""
+    folder, model = "{out}-data" if "{seed}" in shape else "{name}-data", "{model}"
+    commands = [f"python experiments/shape_data.py --model {{model}} --data {{data}} {shape} "
+                f"--out {folder}"]
+    for stage in stages:
+        out = "{out}" + ("" if stage == stages[-1] else stage.replace("/", "-"))
+        commands.append(finetune(flags, model, folder + stage, out))
+        model = out
+    return " && ".join(commands)
+
+
+def chain(flags: str) -> str:
+    """A run, its adapter merged, and a run from there, with other adapters in another order."""
+    merge = "python lora.py merge --base {model} --adapter {out}-first/adapter --out {out}-merged"
+    second = finetune(flags, model="{out}-merged", seed="{seed}0")
+    return f"{finetune(flags, out='{out}-first')} && {merge} && {second}"
+
+
+ROWS = {  # table: label: flags of finetune.py, or a whole line of commands
+    "layers": {label: f"--trainable {policy}" for label, policy in {
+        "all": "all", "last 2": "last:2", "first 2": "first:2", "random 2": chosen("random --k 2"),
+        "2 of largest relative gradient norm": chosen("rgn --k 2"),
+        "2 of most signal in their spectrum": chosen("spectrum --k 2"),
+        "2 drawn every 10 steps (LISA), and embeddings, norms": "lisa:2@10,embeddings,norms",
+        "all, 4 passes over a quarter of the records": f"all {REPEATED}",
+        "the same, unfreezing one block more each pass": f"gradual:1 {REPEATED}",
+        "the same, with rates decayed by depth": f"gradual:1 --lr-decay 0.38 {REPEATED}"}.items()},
+    "freezing": {
+        "all": FULL, **{f"last {k}": f"--trainable last:{k}" for k in (3, 2, 1)},
+        **{f"last {k}, lr 1e-3": f"--trainable last:{k} --lr 1e-3" for k in (2, 1)},
+        **{f"{kind}, lr 3e-3": f"--trainable {kind} --lr 3e-3" for kind in ("norms", "biases")},
+        "LoRA": LORA,
+        **{f"{label}, 10 passes over 100 records": f"{flags} --max-examples 100 --epochs 10" for
+           label, flags in {"all": FULL, "last 1": "--trainable last:1", "LoRA": LORA}.items()}},
+    "ranks": {
+        "full": FULL, **{f"LoRA r = {r}": f"--lora-r {r}" for r in (1, 4, 8, 32)},
+        "hybrid, last block full": HYBRID,
+        "hybrid, a fifth full, by score":
+            f"{LORA} --trainable {chosen('shortfall --share 0.2 --lora-r 8')}",
+        "hybrid, a random block full": f"{LORA} --trainable lora,{chosen('random --k 1')}",
+        "LoRA r = 8, 2 passes over half": f"{LORA} --max-examples {{half}} --epochs 2",
+        "the same, merged and begun anew": chain(f"{LORA} --max-examples {{half}} --epochs 1")},
+    "rates": {  # in a hybrid the adapters' rate is ten times this
+        f"{label}, lr {lr}": f"{flags} --lr {lr}" for label, flags, rates in (
+            ("full", FULL, "1e-4 3e-4 1e-3 3e-3"), ("LoRA", LORA, "1e-3 3e-3 1e-2 3e-2"),
+            ("hybrid", HYBRID, "1e-4 3e-4 1e-3")) for lr in rates.split()},
+    "length": {"all": "{steps}", **{
+        f"{n} {how}": shaped(f"--n {n} --select {how}{drawn}", "{steps}")
+        for n in (50, 100, 200, 400) for how, drawn in (
+            ("random", " --seed {seed}"), ("longest", ""), ("shortest", ""), ("ifd", ""))}},
+    "instructions": {
+        "short": FULL, "long": shaped("--instruction long", USUAL),
+        "adaptive": shaped("--instruction adaptive", USUAL),
+        "loss on the prompt too": "--loss-on all",
+        "answer alone, all records": "--epochs 1",
+        "worked solution, answer": shaped("--response rationale", "{all_steps}"),
+        "draft, correction, answer": shaped("--response reflection", "{all_steps}")},
+    "stages": {"shuffled": "--max-examples {n} --epochs 2 --max-steps {staged}", **{
+        label: shaped(f"--n {{n}} --stages 3 --by {by} --seed {{seed}}", "--epochs 1", STAGES)
+        for label, by in {"random stages": "random", "by length": "length", "by level": "level",
+                          "by IFD": "ifd", "by IFD, reversed": "ifd --reverse"}.items()}},
+}
+
+
+def rows_of(table: str, n_layer: int) -> dict[str, str]:
+    """{label: line of commands}. To `layers` each block alone is added, and the other pairs; of
+    more than four blocks those with the first, and those of neighbours."""
+    rows = dict(ROWS[table])
+    if table == "layers":
+        rows |= {f"block {i} alone": f"--trainable blocks:{i}" for i in range(n_layer)}
+        rows |= {f"blocks {i} and {j}": f"--trainable blocks:{i},{j}"
+                 for i, j in combinations(range(n_layer), 2)
+                 if 1 < j and i < n_layer - 2 and (n_layer <= 4 or i == 0 or j == i + 1)}
+    return {label: (line if line.startswith("python") else finetune(line)) + SCORE
+            for label, line in rows.items()}
+
+
+def load_base(args) -> SimpleNamespace:
+    """The flags, and what the commands need to know of the model."""
+    model, tokenizer = load_model(args.model, "cpu")
+    base = SimpleNamespace(**vars(args), config=model.config, batch_size=batch_size(model),
+                           tokenizer=tokenizer, text_nll=None, tokens_of={})
+    names = ["tables", *(name for name in (args.model, args.data) if name != "tiny")]
+    base.out = args.out or f"runs/{slug(' '.join(names))}"
+    base.text = args.text or ("tiny/heldout.txt" if args.model == "tiny" else None)
+    if base.text:
+        plain = (ROOT / base.text).read_text(encoding="utf-8")
+        base.text_nll = text_nll(model, tokenizer.encode_ordinary(plain))
+    return base
+
+
+def response_tokens(data: str, base) -> dict[int, int]:
+    """Supervised tokens of each training record, by its position in its file; read once."""
+    if data not in base.tokens_of:
+        parts = load_parts(data)
+        limit = base.config.block_size
+        encoded, kept = encode_examples(parts.train, base.tokenizer, max_length=limit)
+        sizes = [len(e.ids) - e.n_prompt for e in encoded]
+        base.tokens_of[data] = dict(zip([parts.positions[i] for i in kept], sizes))
+    return base.tokens_of[data]
+
+
+def fill(command: str, base, name: str, seed: int) -> str:
+    """The command with what stood in braces. {steps} and {all_steps}: as many as it takes, on the
+    data of the command, to train on as many response tokens as a quarter of the records has, or as
+    all have."""
+    size, path = base.batch_size, shlex.quote(f"{base.out}/{slug(name)}")
+    tokens = response_tokens(base.data, base)
+    n = round(len(tokens) / 4)
+    values = {"model": shlex.quote(base.model), "data": shlex.quote(base.data), "seed": seed,
+              "name": path, "out": f"{path}-seed{seed}", "n": n, "half": n // 2, "quarter": n // 4,
+              "staged": math.ceil(16 / 15 * n / size),  # a tenth of two thirds comes twice
+              "text": f"--text {shlex.quote(base.text)} " if base.text else ""}
+    for key, share in (("steps", n / len(tokens)), ("all_steps", 1)):
+        if f"{{{key}}}" in command:
+            data = re.search(r"--data (\S+)", command)[1].format(**values)
+            own = response_tokens(shlex.split(data)[0], base)
+            per_pass = math.ceil(len(own) / size)
+            steps = round(share * sum(tokens.values()) / sum(own.values()) * per_pass) or 1
+            values[key] = (f"--batch-size {size} --epochs {math.ceil(steps / per_pass)} "
+                           f"--max-steps {steps}")
+    return command.format(**values)
+
+
+def execute(command: str) -> int:
+    """Run a command with this Python, its output on stderr; the exit code. Ctrl-C reaches it too,
+    and it ends by itself: subprocess.run would kill it over its checkpoint."""
+    here = shlex.quote(sys.executable)
+    command = re.sub(r"\bpython (?=\S+\.py)", lambda match: f"{here} ", command)
+    return subprocess.Popen(command, shell=True, cwd=ROOT, stdout=2).wait()
+
+
+def run_row(line: str, base, name: str, seed: int) -> tuple[list[str], list[Path]]:
+    """Run what is not finished of a row, and score its last run: its commands, and the folders of
+    its runs, none where a command failed, which said why."""
+    commands, runs = [], []
+    for template in line.split(" && "):
+        commands.append(command := fill(template, base, name, seed))
+        script, out = command.split()[1], ROOT / shlex.split(command)[-1]  # folders come last
+        done = out / {"finetune.py": "run.json", "evaluate.py": "scores.json"}.get(script, "")
+        if script == "finetune.py":
+            runs.append(out)
+            command += " --resume" if (out / "checkpoint.pt").exists() else " --overwrite"
+        if not done.exists() and execute(command):
+            return commands, []
+    return commands, runs
+
+
+def measure(runs: list[Path], base) -> dict[str, float | None]:
+    """What the columns show of a row under one seed: its last run; of steps and tokens the sum."""
+    infos = [read_json(run / "run.json") for run in runs]
+    metrics = [read_records(run / "metrics.jsonl") for run in runs]
+    scores, info = read_json(runs[-1] / "scores.json"), infos[-1]
+    losses = [line["train_loss"] for line in metrics[-1]]
+    low = [i for i in range(5, len(losses) + 1) if statistics.fmean(losses[i - 5:i]) <= 0.8]
+    prompts = [format_prompt(r) for r in read_records(runs[-1] / "responses.jsonl")]
+    sizes = [response_tokens(info["flags"]["data"], base) for info in infos]
+    return {
+        "trainable": max(span["trainable_parameters"] for span in info["freeze"]),
+        "exact match %": 100 * scores["exact_match"], "response NLL": scores["response_nll"],
+        "forgetting": scores["text_nll"] - base.text_nll if base.text else None,
+        "train - val loss": info["train"]["train_loss"] - info["train"]["val_loss"],
+        "steps to loss 0.8": low[0] if low else None,  # in training, the mean of five steps
+        "peak MiB": info["train"]["peak_memory_bytes"] / 2**20,
+        "saved MiB": sum(p.stat().st_size for p in runs[-1].glob("*/*.safetensors")) / 2**20,
+        "steps": sum(map(len, metrics)),
+        "target tokens": sum(size[position] for size, lines in zip(sizes, metrics)
+                             for line in lines for position in line["records"]),
+        "prompt tokens": statistics.fmean(len(base.tokenizer.encode_ordinary(p)) for p in prompts)}
+
+
+def cell(values: list[float | None], digits: int) -> str:
+    """Mean ± standard error, or a dash where there is nothing."""
+    if not values or None in values:
+        return "-"
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0
+    mean = f"{statistics.fmean(values):,.{digits}f}"
+    return f"{mean} ± {error:,.{digits}f}" if error else mean
+
+
+def print_table(table: str, base, n_seeds: int) -> bool:
+    """Run and print a table row by row; returns whether all rows could be finished."""
+    columns, finished = COLUMNS[table], True
+    print(f"Table `{table}`, {n_seeds} seeds, mean ± standard error.\n")
+    print(f"| | {' | '.join(columns)} | commands, with seed 1 |")
+    print("|" + " --- |" * (len(columns) + 2), flush=True)
+    for label, line in rows_of(table, base.config.n_layer).items():
+        results, shown = [], []
+        for seed in range(1, n_seeds + 1):
+            print(f"{table}: {label}, seed {seed}", file=sys.stderr, flush=True)
+            commands, runs = run_row(line, base, f"{table}-{label}", seed)
+            shown = shown or commands
+            results += [measure(runs, base)] if runs else []
+        if len(results) < n_seeds:
+            print(f"error: not finished: {table}: {label}", file=sys.stderr)
+            results, finished = [], False
+        cells = [cell([r[column] for r in results], DIGITS.get(column, 0)) for column in columns]
+        print("| " + " | ".join([label, *cells, f"`{' && '.join(shown)}`"]) + " |", flush=True)
+    print()
+    return finished
+
+
+def parse_args(argv=None):
+    """The flags; a wrong one ends in exit code 2."""
+    parser = argparse.ArgumentParser(description="Run and print tables of experiments/README.md.")
+    parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
+    add = parser.add_argument
+    add("tables", nargs="+", metavar="NAME", choices=list(COLUMNS), help=", ".join(COLUMNS))
+    add("--model", default="tiny", help="a model folder or name (tiny)")
+    add("--data", default="tiny", help="what finetune.py takes (tiny)")
+    add("--text", metavar="FILE", help="plain text that measures forgetting (for tiny: its own)")
+    add("--seeds", type=int, default=3, help="runs of each row, with --seed 1, 2, ... (3)")
+    add("--out", metavar="FOLDER", help="of all runs (runs/tables, or a name for model and data)")
+    args = parser.parse_args(argv)
+    if args.seeds < 1:
+        parser.error(f"--seeds {args.seeds}: at least 1")
+    return args
+
+
+def main(argv=None) -> int:
+    """Print the tables; exit code 1 where a row could not be finished."""
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")
+    args = parse_args(argv)
+    try:
+        base = load_base(args)
+        finished = [print_table(table, base, args.seeds) for table in args.tables]
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 1
+    return 0 if all(finished) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
