@@ -153,7 +153,7 @@ def text_nll(model, ids: list[int]) -> float:
     size, n = model.config.block_size, len(ids) - 1
     windows = [SimpleNamespace(ids=ids[i : i + size + 1], n_prompt=1) for i in range(0, n, size)]
     if not windows:
-        raise ValueError("a text of less than two tokens")
+        raise ValueError("less than two tokens")
     return sum(nats for nats, _ in nlls(model, windows)) / n
 
 
@@ -250,7 +250,7 @@ def server_judge(spec, url, key="", max_tokens=1024):
         url = re.sub("(/api|/api/chat|/v1|/v1/chat/completions)?/*$", "/api/chat", url, count=1)
         options = {**fixed, "num_ctx": 4096, "num_predict": max_tokens}
         optional, quiet = {"options": options, "truncate": False}, {"think": False}
-    else:  # a bare root gets /v1
+    else:  # a root gets /v1
         url = re.sub("(/api/chat)?/*$", "", url, count=1)
         url += "" if urllib.parse.urlsplit(url).path else "/v1"
         url = url.removesuffix("/chat/completions") + "/chat/completions"
@@ -262,7 +262,7 @@ def server_judge(spec, url, key="", max_tokens=1024):
         body = {"model": model, "messages": [{"role": "user", "content": prompt}], "stream": False}
         status, text = post(url, body | optional, key)
         said = f"{url}: {status} {' '.join(text.split())[:500]}"
-        refused = [name for name in optional if name[:5] in text]  # think: thinking
+        refused = [name for name in optional if name[:5] in text]  # think(ing)
         if status in (400, 422) and refused and "context" not in text:  # not too long a prompt
             note(f"{said}; going on without {refused[0]}")
             del optional[refused[0]]
@@ -359,7 +359,7 @@ def compare(first, second):
 
 
 def load_model(name: str | Path, device, dropout=0.0, tie: bool | None = None):
-    """(model in eval mode, tokenizer); dropout and tie as GPT.from_pretrained takes them."""
+    """(model in eval mode, tokenizer); dropout, tie: as of from_pretrained."""
     from data import load_tokenizer
     from gpt import GPT, locate
     from lora import load_lora
@@ -393,7 +393,7 @@ def answer_run(name, data, template, text, device):
     examples, limit = parts.test, info["train"].get("max_new_tokens", 256)
     if sha256 not in (None, parts.sha256):
         raise ValueError(f"{name} was trained on another file than {data}: give it by --data")
-    if sha256 is None:  # the answers of another model of this name are other answers
+    if sha256 is None:  # those of another model of this name are others
         folder = Path("runs") / f"{folder.resolve().name}-base"
         folder.mkdir(parents=True, exist_ok=True)
         examples = [{**e, "model": digest(model, template)} for e in examples]
@@ -507,10 +507,10 @@ def parse_args(argv=None):
     parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
     add = parser.add_argument
     add("runs", nargs="+", help="runs, models, folders with a responses.jsonl")
-    add("--data", help="what a model answers; where a run's data is now")
+    add("--data", help="of a model; where a run's data is now")
     add("--template", choices=("alpaca", "phi3", "chatml", "plain"))
     add("--text", help="plain text that measures forgetting")
-    add("--plot", action="store_true", help="draw all losses: compare.png in the first folder")
+    add("--plot", action="store_true", help="losses: compare.png in the first folder")
     add("--ask", help="print the answer; -: to each input line")
     add("--device", default="auto", help="auto, cpu, cuda:1, mps")
     add("--judge", default="none", help="ollama:MODEL, openai:MODEL, model:FOLDER (none)")
@@ -535,7 +535,7 @@ def evaluate(args):
     judge = make_judge(*flags, device) if args.judge != "none" else None
     runs = [score_run(name, args.data, args.template, args.text, device) for name in args.runs]
     for run in runs:
-        write_json(run.folder / "scores.json", run.report)  # the judge may fail
+        write_json(run.folder / "scores.json", run.report)
         run.report |= judge_run(run, judge) if judge else {}
         if run is not runs[0]:
             run.report |= compare(runs[0], run)
@@ -553,7 +553,7 @@ def main(argv=None) -> int:
     try:
         evaluate(args)
     except KeyboardInterrupt:
-        note("interrupted: the same command goes on")
+        note("the same command goes on")
         return 130
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

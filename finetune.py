@@ -168,8 +168,8 @@ def build_optimizer(model, plan, recipe, before=None) -> torch.optim.AdamW:
     return optimizer
 
 def train(model, plan, optimizer, first: int, end: int, job, noted) -> bool:
-    """The training loop: what is left of the steps `first` to `end` - 1. False if a signal, which
-    is `noted`, ended it; then there is a checkpoint."""
+    """The training loop: what is left of the steps `first` to `end` - 1. False if a signal ended
+    it, which is `noted`; then there is a checkpoint."""
     machine, recipe, saved = job.machine, job.recipe, time.monotonic()
     total, parameters = len(job.order), plan.parameters()
     for step in range(job.step, end):
@@ -263,7 +263,7 @@ def log(job, epoch: int, loss: float, rate: float, norm: float, indices) -> None
             "grad_norm": norm, "tokens": job.tokens, "seconds": round(job.seconds, 3),
             "records": [job.positions[i] for i in indices]}
     if job.machine.rank == 0:
-        with open(job.out / "metrics.jsonl", "a", encoding="utf-8") as file:
+        with open(job.out / "metrics.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
             job.logged = file.tell()
     text = (f"step {job.step}/{len(job.order)}: loss {loss:.3f}, val {job.val_loss:.3f}, "
@@ -324,12 +324,12 @@ def put_back(saved: dict, model, plan, optimizer) -> None:
 
 def refuse_another_run(then: dict, job) -> None:
     """ValueError unless the head of a run.json describes this run."""
-    then, now = ({**record["flags"], "data": record["data"]["sha256"], "weights": record["weights"]}
-                 for record in (then, job.record))
+    then, now = ({**r["flags"], "data": r["data"]["sha256"], "weights": r["weights"]}
+                 for r in (then, job.record))
     for key in sorted((then | now).keys() - set(SETTINGS)):
         if then.get(key) != now.get(key):
-            raise ValueError(f"--resume: another run is in {job.out}: {key} was {then.get(key)}, "
-                             f"is {now.get(key)}")
+            raise ValueError(f"--resume: another run is in {job.out}: {key} differs, "
+                             f"{then.get(key)} and {now.get(key)}")
 
 def join_processes(device: str, dtype: str) -> Machine:
     """This process among those of torchrun, or alone. Only the first one prints."""
@@ -359,19 +359,19 @@ def shard(model, machine) -> None:
 
 def fill_in(flags: dict, model, machine) -> dict:
     """The flags with the defaults that depend on the model, and with paths that stay valid."""
-    weights = {name: p.numel() for name, p in model.named_parameters()}
-    small = sum(size for name, size in weights.items() if not ADAPTER.search(name)) < 10_000_000
-    policy = flags["trainable"] or ("lora" if any(map(ADAPTER.search, weights)) else "all")
-    name = f"{Path(flags['model']).name}-{policy}"
-    name += f"-r{flags['lora_r']}" if flags["lora_r"] else ""
-    name += "" if flags["data"] == "tiny" else f"-{Path(flags['data']).stem}"
-    chosen = {"trainable": policy, "out": "runs/" + re.sub(r"[^\w.,-]+", "_", name),
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    small = sum(n for name, n in sizes.items() if not ADAPTER.search(name)) < 10_000_000
+    policy = flags["trainable"] or ("lora" if any(map(ADAPTER.search, sizes)) else "all")
+    data = "" if flags["data"] == "tiny" else Path(flags["data"]).stem
+    rank = f"r{flags['lora_r']}" if flags["lora_r"] else ""
+    names = [Path(flags["model"]).name, policy, rank, data]
+    chosen = {"trainable": policy, "epochs": 3 if small else 2, "batch_size": 16 if small else 8,
               "lr": (3e-4 if small else 5e-5) * (10 if policy == "lora" else 1),
-              "epochs": 3 if small else 2, "batch_size": 16 if small else 8,
-              "max_length": model.config.block_size}
+              "max_length": model.config.block_size,
+              "out": "runs/" + re.sub(r"[^\w.,-]+", "_", "-".join(filter(None, names)))}
     flags = flags | {key: value for key, value in chosen.items() if flags[key] is None}
-    for key, names in (("model", ("tiny", *PUBLISHED)), ("data", ("tiny", *DATASETS))):
-        flags[key] = flags[key] if flags[key] in names else str(Path(flags[key]).absolute())
+    for key, known in (("model", ("tiny", *PUBLISHED)), ("data", ("tiny", *DATASETS))):
+        flags[key] = flags[key] if flags[key] in known else str(Path(flags[key]).absolute())
     return flags | {"dtype": str(machine.dtype).partition(".")[2], "processes": machine.world}
 
 def prepare(flags: dict, parts, model, tokenizer, machine) -> Job:
@@ -489,19 +489,18 @@ def run(args) -> int:
 
 def finish(job, model, folder: Path, tokenizer, test: list) -> None:
     """Save what was trained and run.json, then answer the test records."""
-    out, base = job.out, folder
-    limit = min(model.config.block_size, 2 * max(len(e.ids) - e.n_prompt for e in job.train))
-    memory = 0
+    out, base, memory = job.out, folder, 0
     if job.machine.device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(job.machine.device)
     elif os.name == "posix":
         import resource
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         memory *= 1 if sys.platform == "darwin" else 1024  # bytes
+    limit = min(model.config.block_size, 2 * max(len(e.ids) - e.n_prompt for e in job.train))
     figures = {"steps": job.step, "train_loss": sum(job.losses) / len(job.losses),
                "val_loss": job.val_loss, "exact_match": None, "seconds": round(job.seconds, 3),
-               "tokens_per_second": round(job.tokens / job.seconds, 1), "max_new_tokens": limit,
-               "peak_memory_bytes": memory}
+               "tokens_per_second": round(job.tokens / job.seconds, 1),
+               "peak_memory_bytes": memory, "max_new_tokens": limit}
     record = job.record | {"freeze": job.proofs, "train": figures}
     trained = {name for proof in job.proofs for name in proof["trainable"]}
     if job.recipe.untie_head or not all(map(ADAPTER.search, trained)):
@@ -534,24 +533,25 @@ def parse_args(argv=None):
         epilog="auto: models below 10 M parameters take lr 3e-4, 3 epochs, batches of 16; larger "
         "ones lr 5e-5, 2 epochs, batches of 8. Adapters learn ten times as fast as full weights.")
     parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
-    add = parser.add_argument_group("what").add_argument
+    group, switch = parser.add_argument_group, {"action": "store_true"}
+    add = group("what").add_argument
     add("--model", default="tiny", help="a model or run folder, tiny, gpt2, gpt2-medium, ...")
     add("--data", default="tiny", help="a file of records, a folder of parts, tiny, book, alpaca")
     add("--out", help="run folder to write (default: runs/MODEL-POLICY)")
-    add = parser.add_argument_group("which weights").add_argument
+    add = group("which weights").add_argument
     add("--trainable", help="freeze policy: all, last_block, lora,norms, ... (default: all)")
     add("--lora-r", type=int, help="rank of the adapters to add")
     add("--lora-alpha", type=float, help="scale times rank (default: 2 r)")
     add("--lora-targets", help="suffixes of module names (default: c_attn,c_proj,c_fc)")
     add("--lora-dropout", type=float, help="on the adapters' input (default: 0)")
-    add("--rslora", action="store_true", help="scale by alpha / sqrt(r), not alpha / r")
-    add("--untie-head", action="store_true", help="give the head its own copy of the embedding")
-    add = parser.add_argument_group("data").add_argument
+    add("--rslora", **switch, help="scale by alpha / sqrt(r), not alpha / r")
+    add("--untie-head", **switch, help="give the head its own copy of the embedding")
+    add = group("data").add_argument
     add("--template", choices=list(TEMPLATES), default="alpaca", help="of prompts (alpaca)")
     add("--loss-on", choices=["response", "all"], default="response", help="(response)")
     add("--max-length", type=int, help="tokens of an example (default: all that fit)")
     add("--max-examples", type=int, help="train on the first so many records")
-    add = parser.add_argument_group("optimization").add_argument
+    add = group("optimization").add_argument
     add("--epochs", type=int, help="passes over the training part (auto)")
     add("--batch-size", type=int, help="examples in a micro-batch (auto)")
     add("--grad-accum", type=int, default=1, help="micro-batches in a step (1)")
@@ -564,26 +564,25 @@ def parse_args(argv=None):
     add("--clip", type=float, default=1.0, help="largest gradient norm; 0: do not clip (1)")
     add("--seed", type=int, default=123, help="of order, adapters and dropout (123)")
     add("--max-steps", type=int, help="stop after so many steps")
-    add = parser.add_argument_group("machine").add_argument
+    add = group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="of matrix products")
-    add("--compile", action="store_true", help="the blocks: slow to start, then faster")
-    add("--cache-prefix", action="store_true", help="run the frozen lower blocks once")
-    add("--recompute", action="store_true", help="activations in backward: less memory")
-    add("--fsdp", action="store_true", help="with torchrun: shard the model")
-    add = parser.add_argument_group("output").add_argument
+    add("--compile", **switch, help="the blocks: slow to start, then faster")
+    add("--cache-prefix", **switch, help="run the frozen lower blocks once")
+    add("--recompute", **switch, help="activations in backward: less memory")
+    add("--fsdp", **switch, help="with torchrun: shard the model")
+    add = group("output").add_argument
     add("--eval-every", type=int, help="steps (default: ten times a run)")
     add("--checkpoint-every", type=int, help="steps (default: ten minutes)")
-    add("--resume", action="store_true", help="go on from the checkpoint in --out")
-    add("--overwrite", action="store_true", help="replace the run in --out")
-    add("--no-responses", action="store_true", help="do not answer the test prompts")
+    add("--resume", **switch, help="go on from the checkpoint in --out")
+    add("--overwrite", **switch, help="replace the run in --out")
+    add("--no-responses", **switch, help="do not answer the test prompts")
     args = parser.parse_args(argv)
-    zero = ("dropout", "lora_dropout", "weight_decay", "warmup", "clip", "seed")  # may be
     for name, value in vars(args).items():
-        flag = "--" + name.replace("_", "-")
-        if type(value) in (int, float) and not (0 < value < 2**62 or value == 0 and name in zero):
+        flag, zero = "--" + name.replace("_", "-"), re.search("drop|weight|warm|clip|seed", name)
+        if type(value) in (int, float) and not (0 < value < 2**62 or value == 0 and zero):
             parser.error(f"{flag} {value}: must be above zero")
-        if value == "" or name.startswith(("lora_", "rslora")) and value and not args.lora_r:
+        if value == "" or "lora" in name and value and not args.lora_r:
             parser.error(f"{flag}: is empty, or has no effect without --lora-r")
     if args.resume and args.overwrite or args.fsdp and args.cache_prefix:
         parser.error("--resume and --overwrite, --fsdp and --cache-prefix exclude each other")
@@ -601,8 +600,6 @@ def main(argv=None) -> int:
         message, code = "interrupted", 130
     except (ValueError, OSError, ArithmeticError, FreezeError, torch.OutOfMemoryError) as error:
         message, code = " ".join(str(error).split()), 1
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        time.sleep(5)  # what ends one process mostly ends all: the first one says it
     print(f"error: {message}", file=sys.stderr)
     return code
 

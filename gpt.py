@@ -306,7 +306,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 def read_safetensors(path) -> dict[str, Tensor]:
-    """Name -> tensor, on the CPU. ValueError for a file of another kind."""
+    """Name -> tensor, on the CPU. ValueError for another kind of file."""
     size, tensors = os.path.getsize(path), {}
     try:
         content = torch.from_file(str(path), size=size, dtype=torch.uint8)  # mapped, not read
@@ -365,7 +365,7 @@ class Redirects(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(*args)
 
 def download(url: str, path: Path):
-    """Fetch a file, whole or not at all; OSError unless size and sha256 are as stated."""
+    """Fetch a file whole or not at all; OSError unless size and sha256 are as stated."""
     hub, sha256 = Redirects(), hashlib.sha256()
     fetch = urllib.request.build_opener(hub).open
     try:

@@ -456,7 +456,7 @@ def test_thoughts_without_a_reply_are_asked_again_without_thinking(server, spec,
     "{}", '{"choices": []}', '{"choices": [{"message": null}]}', "[]", "no JSON", '{"error": "x"}'])
 def test_if_every_question_fails_the_first_error_is_printed_and_no_file_is_left(
         server, answers_only, capsys, reply):
-    server.reply = lambda path, body: reply
+    server.reply = lambda path, body: reply if len(server.asked) == 1 else "later"
     folder = answers_only()
     assert judged(folder, server, spec="openai:m") == 1
     error = capsys.readouterr().err.splitlines()[-1]
@@ -468,15 +468,17 @@ def test_unread_cut_and_failed_replies_stay_in_the_count(server, answers_only, c
     def reply(path, body):
         too_long = 400, "maximum context length exceeded, reduce max_completion_tokens"
         odd = {"answer 0": said(path, "No."), "answer 1": said(path, "[[8", cut=True),
-               "answer 2": too_long}
+               "answer 2": too_long, "answer 3": said(path, "So [[95]] is", cut=True)}
         return odd.get(shown(body)[1][0], honest(path, body))
 
     server.reply, folder = reply, answers_only(right=4, n=5)
     assert judged(folder, server, spec="openai:m") == 0
-    assert [(r["id"], r["score"], r["reply"]) for r in lines(folder / "judge-openai-m.jsonl")] == [
-        (0, None, "No."), (1, None, "[[8"), (3, 95, "Compared. [[95]]"), (4, 5, "Compared. [[5]]")]
+    kept = lines(folder / "judge-openai-m.jsonl")
+    assert [(r["id"], r["score"], r["reply"]) for r in kept] == [
+        (0, None, "No."), (1, None, "[[8"), (3, 95, "So [[95]] is"), (4, 5, "Compared. [[5]]")]
     notes = capsys.readouterr().err.splitlines()
     assert notes[0] == "note: reply 1 was cut off: raise --judge-max-tokens"
+    assert not any("reply 3" in text for text in notes)
     assert notes[1].startswith("note: 1 of 5 questions failed, the first: ")
     assert all("max_completion_tokens" in body for _, body, _ in server.asked)
     report = scores(folder)
@@ -662,6 +664,8 @@ def test_a_run_is_answered_and_scored_with_its_model_and_forgetting_is_of_its_ba
     got = lines(trained / "responses.jsonl")
     assert sorted(r["instruction"] for r in got) == sorted(e["instruction"] for e in examples)
     report, (gpt2, tokenizer) = scores(trained), E.load_model(trained, "cpu")
+    assert sorted(got, key=lambda r: r["id"]) == E.generate_responses(
+        gpt2, tokenizer, examples, "plain", 3)
     encoded, _ = data.encode_examples(examples, tokenizer, "plain")
     nats, tokens = map(sum, zip(*E.nlls(gpt2, encoded)))
     assert report["response_nll"] == pytest.approx(nats / tokens, rel=1e-6)

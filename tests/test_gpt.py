@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import json
+import re
 import struct
 import subprocess
 import sys
@@ -22,18 +23,15 @@ SMALL = GPTConfig(vocab_size=61, block_size=24, n_layer=3, n_head=4, n_embd=32)
 FIRST = "transformer.h.0.attn.c_attn.weight"
 WTE = "transformer.wte.weight"
 
-def random_model(config=SMALL):
+@pytest.fixture
+def model():
     """Weights far from their init, biases and norms too: no term of the sum is invisible."""
     torch.manual_seed(0)
-    model = GPT(config).eval()
+    model = GPT(SMALL).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.25)
     return model
-
-@pytest.fixture
-def model():
-    return random_model()
 
 @pytest.fixture
 def folder(model, tmp_path):
@@ -51,7 +49,6 @@ def files(folder):
     return read_safetensors(folder / "model.safetensors")
 
 def edit(folder, change):
-    """Let change(tensors) edit the weights of a folder."""
     tensors = files(folder)
     change(tensors)
     write_safetensors(folder / "model.safetensors", tensors)
@@ -70,13 +67,12 @@ def test_logits_equal_those_of_transformers(folder, model):
 def test_a_folder_saved_by_transformers_loads_with_its_logits(tmp_path, writer):
     transformers = pytest.importorskip("transformers", reason="the oracle is transformers")
     library = pytest.importorskip("safetensors.torch", reason="save_model is safetensors'")
-    torch.manual_seed(0)
-    sizes = dict(vocab_size=61, n_positions=24, n_embd=32, n_layer=2, n_head=4)
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=61, n_positions=24, n_embd=32, n_layer=2, n_head=4)).eval()
     theirs.save_pretrained(tmp_path)
     if writer == "save_model":  # keeps lm_head.weight and leaves the tied wte.weight out
         library.save_model(theirs, str(tmp_path / "model.safetensors"))
-        assert WTE not in read_safetensors(tmp_path / "model.safetensors")
+        assert WTE not in files(tmp_path)
     ours, x = GPT.from_pretrained(tmp_path).eval(), ids(2, 24)
     assert ours.lm_head.weight is ours.wte.weight
     with torch.no_grad():
@@ -140,12 +136,11 @@ def test_dropout_acts_at_each_of_its_four_places_and_in_training_only(folder, si
 def test_cached_logits_equal_full_logits_at_every_split(model):
     x = ids(2, 14)
     with torch.no_grad():
-        full = model(x)
         for split in range(1, 14):
             cache = KVCache(2, 14)
             parts = [model.features(x[:, :split], cache), model.features(x[:, split:], cache)]
             logits = model.lm_head(torch.cat(parts, dim=1))
-            torch.testing.assert_close(logits, full, atol=2e-6, rtol=0)
+            torch.testing.assert_close(logits, model(x), atol=2e-6, rtol=0)
 
 def one_by_one(model, prompt, n, eos_id=None):
     """Generation as the definition has it: the whole text again for each token."""
@@ -194,14 +189,12 @@ def test_what_all_prompts_begin_with_is_computed_once(model):
     prompts = [[1, 2, 3, 4, 5, n] for n in range(6)] + [[1, 2, 3, 4, 5]]
     expected = [one_by_one(model, p, 5) for p in prompts]
     counts = watch(model)
-    assert generate(model, prompts, 5) == expected
-    assert counts[:2] == [4, 7 * 2]
+    assert generate(model, prompts, 5) == expected and counts[:2] == [4, 7 * 2]
     assert generate(model, [prompts[0]] * 3, 5) == [expected[0]] * 3
     assert generate(model, [], 5) == []
 
 class PerRow(torch.nn.Module):
     """As lora.py's layer: `active` has one entry for each row of the batch."""
-
     def __init__(self, active):
         super().__init__()
         self.active = active
@@ -224,21 +217,20 @@ def test_adapters_chosen_for_each_row_stay_with_their_rows(model):
         assert generate(model, prompts, 9, eos_id=eos_id) == cut
         assert layer.active is active == [0.0, 1.0, -2.0, 3.0]
 
-def test_generation_is_without_dropout_and_leaves_modules_as_they_were_also_after_an_error(folder):
-    model = GPT.from_pretrained(folder, dropout=0.5)
-    model.h[0].eval()
-    layer = model.h[2].mlp.dropout = PerRow([0.0] * len(PROMPTS))
-    def as_before():
-        modes = [m.training for m in (model, model.h[1], model.h[0], model.h[0].attn)]
-        return modes == [True, True, False, False] and layer.active == [0.0] * len(PROMPTS)
-    assert generate(model, PROMPTS, 9) == generate(random_model(), PROMPTS, 9) and as_before()
+def test_generation_is_without_dropout_and_leaves_modules_as_they_were_also_after_an_error(
+        model, folder):
+    other, rows = GPT.from_pretrained(folder, dropout=0.5), [0.0] * len(PROMPTS)
+    other.h[0].eval()
+    layer = other.h[2].mlp.dropout = PerRow(rows)
+    assert generate(other, PROMPTS, 9) == generate(model, PROMPTS, 9)
     def fail(*args):
-        if len(layer.active) < len(PROMPTS):  # when rows have left
+        if len(layer.active) < len(rows):  # when some have left
             raise KeyboardInterrupt
-    model.ln_f.register_forward_hook(fail)
+    other.ln_f.register_forward_hook(fail)
     with pytest.raises(KeyboardInterrupt):
-        generate(model, PROMPTS, 9)
-    assert as_before()
+        generate(other, PROMPTS, 9)
+    modes = [m.training for m in (other, other.h[1], other.h[0], other.h[0].attn)]
+    assert modes == [True, True, False, False] and layer.active is rows
 
 def test_sampling_is_reproducible_by_seed_and_greedy_generation_draws_nothing(model):
     draw = lambda seed: generate(model, PROMPTS, 8, temperature=1.5, seed=seed)
@@ -264,11 +256,11 @@ def test_top_k_keeps_k_also_among_equals_and_top_p_the_fewest_that_reach_p(
     assert drawn == expected if isinstance(expected, list) else len(drawn) == expected
 
 def test_ids_are_drawn_as_often_as_their_probability_says():
+    logits, rng = torch.tensor([0.5, 0.3, 0.2]).log(), torch.Generator().manual_seed(0)
     for temperature in (0.5, 1.0, 2.0):
-        expected = (torch.tensor([0.5, 0.3, 0.2]).log() / temperature).softmax(-1)
-        rng = torch.Generator().manual_seed(0)
-        drawn = sample(torch.tensor([0.5, 0.3, 0.2]).log().expand(40_000, 3), temperature, rng=rng)
+        drawn = sample(logits.expand(40_000, 3), temperature, rng=rng)
         share = drawn.bincount(minlength=3) / 40_000
+        expected = (logits / temperature).softmax(-1)
         torch.testing.assert_close(share, expected, atol=0.01, rtol=0)  # four deviations
 
 @pytest.mark.parametrize("change", [
@@ -276,9 +268,8 @@ def test_ids_are_drawn_as_often_as_their_probability_says():
     dict(temperature=-1.0), dict(temperature=float("nan")), dict(temperature=1.0, top_k=-1),
     *(dict(temperature=1.0, top_p=p) for p in (0.0, -0.5, 1.5))])
 def test_generation_refuses_what_it_cannot_honour(model, change):
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match="ids are needed|impossible"):
         generate(model, **{"prompts": [[1, 2]], "max_new_tokens": 3, **change})
-    assert "\n" not in str(caught.value)
 
 def test_saving_and_loading_gives_the_same_model_without_torchs_compiler(model, folder):
     again = GPT.from_pretrained(folder)
@@ -295,8 +286,7 @@ def test_saving_and_loading_gives_the_same_model_without_torchs_compiler(model, 
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert "gpt" in done.stdout.split() and not {"torch._dynamo", "sympy"} & {*done.stdout.split()}
 
-def older(tensors):
-    """Without prefix, and with the mask as buffers."""
+def older(tensors):  # without prefix, and with the mask as buffers
     for name in list(tensors):
         tensors[name.removeprefix("transformer.")] = tensors.pop(name)
     for i in range(3):
@@ -346,16 +336,12 @@ def test_a_sharded_folder_loads_and_a_missing_shard_or_a_second_copy_is_named(mo
     with pytest.raises(ValueError, match="is there twice"):
         GPT.from_pretrained(folder)
 
-def swap(folder, old, new):
-    (folder / old).rename(folder / new)
-
 @pytest.mark.parametrize("damage, message", [
     (lambda f: edit(f, lambda t: t.pop(FIRST)), "Missing.*h.0.attn.c_attn.weight"),
     (lambda f: edit(f, lambda t: t.pop(WTE)), "wte.weight"),
     (lambda f: edit(f, lambda t: t.update(extra=torch.ones(1))), "Unexpected.*extra"),
     (lambda f: edit(f, lambda t: t.update({FIRST: t[FIRST].t()})), "size mismatch for h.0.attn"),
     (lambda f: edit(f, lambda t: t[FIRST].fill_(float("nan"))), "h.0.attn.c_attn.weight .*finite"),
-    (lambda f: edit(f, lambda t: t[FIRST][0, 0].fill_(float("inf"))), "c_attn.weight .*finite"),
     (lambda f: edit(f, lambda t: t.update({FIRST: t[FIRST].double() * 1e300})), "weight .*finite"),
     (lambda f: edit(f, lambda t: t.update({FIRST: t[FIRST].long()})), "c_attn.weight .*floats"),
     (lambda f: edit(f, lambda t: t.update({"wte.weight": t[WTE] * 2})), "wte.weight is there tw"),
@@ -370,20 +356,17 @@ def swap(folder, old, new):
     (lambda f: (f / "config.json").write_text("{"), "config.json: not JSON"),
     (lambda f: (f / "config.json").unlink(), "model"),
     (lambda f: (f / "model.safetensors").unlink(), "no model, nor tiny, gpt2"),
-    (lambda f: swap(f, "model.safetensors", "pytorch_model.bin"), "a pickle: save it again"),
-    (lambda f: swap(f, "config.json", "hparams.json"), "TensorFlow"),
-    (lambda f: (swap(f, "config.json", "adapter_config.json"),
-                swap(f, "model.safetensors", "adapter_model.safetensors")), "merge it first"),
-    (lambda f: (f / "model.safetensors").write_text("version https://git-lfs"), "git lfs pull"),
-])
+    (lambda f: (f / "model.safetensors").rename(f / "x.bin"), "a pickle: save it again"),
+    (lambda f: (f / "config.json").rename(f / "hparams.json"), "TensorFlow"),
+    (lambda f: (f / "config.json").rename(f / "adapter_config.json"), "merge it first"),
+    (lambda f: (f / "model.safetensors").write_text("version https://git-lfs"), "git lfs pull")])
 def test_a_folder_that_lies_or_is_of_another_kind_is_refused_by_name(folder, damage, message):
     damage(folder)
     with pytest.raises((ValueError, OSError), match=f"(?s){folder}.*{message}"):
         GPT.from_pretrained(folder)
 
 def test_unmerged_adapters_are_not_saved_away_in_silence(model, tmp_path):
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    model.h[0].attn.c_attn.register_parameter("lora_A", parameter)
+    model.h[0].attn.c_attn.register_parameter("lora_A", torch.nn.Parameter(torch.zeros(1)))
     with pytest.raises(ValueError, match="h.0.attn.c_attn.lora_A"):
         model.save_pretrained(tmp_path / "x")
     assert not (tmp_path / "x").exists()
@@ -391,17 +374,16 @@ def test_unmerged_adapters_are_not_saved_away_in_silence(model, tmp_path):
     assert torch.equal(GPT.from_pretrained(tmp_path / "x").wte.weight, model.wte.weight)
 
 def test_runs_are_located_with_their_adapter_and_their_base(folder, tmp_path):
-    run, adapter = tmp_path, tmp_path / "adapter"
-    assert model_folder(run) == folder and locate(str(run)) == (folder, None)
-    assert locate(folder) == (folder, None)
+    run, adapter, base = tmp_path, tmp_path / "adapter", tmp_path / "base"
+    assert model_folder(run) == folder and locate(str(run)) == locate(folder) == (folder, None)
     adapter.mkdir()
     assert locate(run) == (folder, adapter)  # a hybrid run
     with pytest.raises(OSError, match="merge it first"):
         model_folder(run)
-    folder.rename(tmp_path / "base")
-    for base, expected in (("tiny", ROOT / "tiny" / "model"), (str(tmp_path / "base"),) * 2):
-        (run / "run.json").write_text(json.dumps({"flags": {"model": base}}))
-        assert locate(run) == (Path(expected), adapter)
+    folder.rename(base)
+    for given, expected in (("tiny", ROOT / "tiny" / "model"), (str(base), base)):
+        (run / "run.json").write_text(json.dumps({"flags": {"model": given}}))
+        assert locate(run) == (expected, adapter)
     with pytest.raises(FileNotFoundError, match="nowhere: no model, nor tiny, .*distilgpt2$"):
         locate("nowhere")
 
@@ -421,10 +403,6 @@ def test_safetensors_round_trip_and_agree_with_the_library(tmp_path):
     assert same(read_safetensors(theirs))
     ours.write_bytes(raw(json.dumps({"a": entry(0, 4)}).encode() + b"   ", struct.pack("<f", 1.5)))
     assert read_safetensors(ours)["a"].tolist() == [1.5]  # at an odd address
-    ours.write_bytes(raw({"b": entry(4, 8), "a": entry(0, 4)}, struct.pack("<ff", 1, 2)))
-    assert read_safetensors(ours) == {"a": torch.tensor([1.0]), "b": torch.tensor([2.0])}
-    ours.write_bytes(raw({"__metadata__": {"format": "pt"}}))
-    assert read_safetensors(ours) == {}
 
 def raw(header, body=b"", length=None):
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
@@ -435,44 +413,36 @@ def entry(begin, end, shape=(1,), dtype="F32"):
 
 MALFORMED = [
     b"", b"1234567", raw(b""), raw(b"{}", length=2**63), raw(b"{}", length=99),  # the length
-    raw(b"\xff\xfe{}"), raw(b'{"a":'), raw(b"[1]"), raw(b"12"), raw(b"{}\0\0"),  # not an object
-    raw({"a": entry(0, 4)}, b"123"),  # cut short
+    raw(b"\xff\xfe{}"), raw(b'{"a":'), raw(b"[1]"), raw(b"{}\0\0"),  # no object
     b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\n", b"PK\x03\x04" + b"\0" * 60,
-    b"<!DOCTYPE html><html><body>404</body></html>",
+    raw({"a": entry(0, 4)}, b"123"), raw({"a": entry(4, 8)}, b"1234"),  # cut short
     raw({"a": entry(0, 8)}, b"12345678"), raw({"a": entry(4, 0)}, b"1234"),
-    raw({"a": entry(-4, 0)}), raw({"a": entry(4, 8)}, b"1234"),
-    raw({"a": entry(0, 1, dtype="F4")}, b"1"),
+    raw({"a": entry(0, 1, dtype="F4")}, b"1"), raw({"a": entry(0, 4, "ab")}, b"1234"),
     raw({"a": entry(0, 4, [2**62, 2**62])}, b"1234"), raw({"a": entry(0, 4, [-1, -1])}, b"1234"),
-    raw({"a": {"dtype": "F32", "shape": [1]}}, b"1234"), raw({"a": entry(0, 4, "ab")}, b"1234"),
-    raw({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 1, 4]}}, b"1234"),
-    raw(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"),  # deep nesting
-]
+    raw({"a": {"dtype": "F32", "shape": [1]}}, b"1234"),
+    raw(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}")]  # deep nesting
 
 @pytest.mark.parametrize("content", MALFORMED, ids=range(len(MALFORMED)))
 def test_malformed_safetensors_are_one_clear_error(tmp_path, content):
-    path = tmp_path / "bad.safetensors"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match="bad.safetensors: no safetensors file") as caught:
-        read_safetensors(path)
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+    (tmp_path / "bad").write_bytes(content)
+    with pytest.raises(ValueError, match="bad: no safetensors file"):
+        read_safetensors(tmp_path / "bad")
 
 @pytest.mark.parametrize("write", [
     lambda path: write_safetensors(path, {"a": torch.ones(2, device="meta")}),
     lambda path: gpt.write_json(path, {"a": object()})])
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, write):
-    path = tmp_path / "file"
-    path.write_text("old")
+    (tmp_path / "file").write_text("old")
     with pytest.raises((NotImplementedError, TypeError)):
-        write(path)
+        write(tmp_path / "file")
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("file", "old")]
 
 BODY = bytes(range(256)) * 1000
+FILES = ["config.json", "vocab.json", "merges.txt", "model.safetensors"]
 SHA256 = hashlib.sha256(BODY).hexdigest()
-PAGE = b"\n <!DOCTYPE html><html><body>Please log in to the airport's network</body></html>"
 
 class Handler(http.server.BaseHTTPRequestHandler):
     log_message = lambda *_: None
-
     def do_GET(self):
         self.server.requests.append(self.path)
         self.server.answer(self)
@@ -486,17 +456,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.requests, server.answer = [], lambda handler: handler.send(BODY)
-    server.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.requests, server.answer = [], lambda handler: handler.send(BODY)
+        server.url = f"http://127.0.0.1:{server.server_address[1]}"
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+        yield server
+        server.shutdown()
 
 def hub(handler, sha256=SHA256, size=len(BODY), body=BODY):
     """As the Hugging Face hub: its redirect names size and sha256, its CDN another hash."""
@@ -514,11 +480,10 @@ def test_a_file_arrives_whole_and_alone(server, tmp_path):
 @pytest.mark.parametrize("answer, message", [
     (lambda h: h.send(b"no", 404), "404"), (lambda h: h.close_connection, "closed"),
     (lambda h: h.send(BODY, Content_Length=len(BODY) + 1), "not the file"),
-    (lambda h: h.send(PAGE, Content_Type="text/html; charset=utf-8"), "not the file"),
+    (lambda h: h.send(b"Please log in", Content_Type="text/html; charset=utf-8"), "not the file"),
     (lambda h: hub(h, sha256="0" * 64), "not the file"),
     (lambda h: hub(h, size=len(BODY) - 1), "not the file"),
-    (lambda h: hub(h, body=bytes(len(BODY))), "not the file"),
-])
+    (lambda h: hub(h, body=bytes(len(BODY))), "not the file")])
 def test_an_answer_that_is_not_the_file_is_one_clear_error_and_leaves_the_old_file(
         server, tmp_path, answer, message):
     server.answer = answer
@@ -527,10 +492,9 @@ def test_an_answer_that_is_not_the_file_is_one_clear_error_and_leaves_the_old_fi
         download(f"{server.url}/file", tmp_path / "file")
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("file", "old")]
 
-FILES = ["config.json", "vocab.json", "merges.txt", "model.safetensors"]
-
 def test_a_published_model_is_fetched_once_into_the_cache(server, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_ENDPOINT", server.url + "/hub/")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     for name, repo in (("gpt2-medium", "openai-community/gpt2-medium"),
                        ("distilgpt2", "distilbert/distilgpt2")):
@@ -538,17 +502,14 @@ def test_a_published_model_is_fetched_once_into_the_cache(server, tmp_path, monk
         assert model_folder(name) == model_folder(name) == folder
         assert server.requests == [f"/hub/{repo}/resolve/main/{file}" for file in FILES]
         assert {p.name for p in folder.iterdir()} == set(FILES)
-    monkeypatch.setenv("HOME", str(tmp_path / "gpt2-finetune" / "gpt2-medium"))
-    monkeypatch.delenv("HF_HOME")
-    assert ".cache/huggingface/gpt2-finetune/gpt2" in model_folder("gpt2").as_posix()
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
-    server.requests.clear()
     (folder / "merges.txt").unlink()
     server.answer = lambda handler: handler.send(b"", 404)
     assert gpt.main(["--model", "distilgpt2", "--prompt", "x"]) == 1
     error = capsys.readouterr().err
-    assert server.requests == ["/hub/distilbert/distilgpt2/resolve/main/merges.txt"]
-    assert error.count("\n") == 1 and "404" in error and str(folder) in error
+    assert error.count("\n") == 1 and "merges.txt: HTTP Error 404" in error
+    monkeypatch.delenv("HF_HOME")
+    with pytest.raises(OSError, match="home/.cache/huggingface/gpt2-finetune/gpt2 yourself"):
+        model_folder("gpt2")
 
 def test_the_device_is_chosen_by_name_and_by_what_is_there(monkeypatch):
     there, asked = [None, torch.device("cuda")], []
@@ -561,16 +522,14 @@ def test_the_device_is_chosen_by_name_and_by_what_is_there(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "3")
     del there[0]
     for name in ("auto", "cuda", "cuda:1", "gpu"):
-        with pytest.raises(ValueError, match="--device"):
-            choose_device(name)
+        pytest.raises(ValueError, choose_device, name).match("--device")
     assert asked == ["cuda:3", "cuda:3", "cuda:1", "gpu"]
 
 def test_short_fp32_texts_on_a_cpu_and_no_others_go_without_the_flash_kernel():
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    for device, dtype, length, flash in (
-            (cpu, torch.float32, 256, False), (cpu, torch.float32, 257, True),
-            (cpu, torch.bfloat16, 100, True), (cuda, torch.float32, 100, True)):
-        gpt.choose_attention(device, dtype, length)
+    cpu, cuda, fp32 = torch.device("cpu"), torch.device("cuda"), torch.float32
+    for given, flash in (((cpu, fp32, 256), False), ((cpu, fp32, 257), True),
+                         ((cpu, torch.bfloat16, 100), True), ((cuda, fp32, 100), True)):
+        gpt.choose_attention(*given)
         assert torch.backends.cuda.flash_sdp_enabled() == flash
 
 def test_freed_memory_is_kept_by_glibc_and_onednn_and_the_user_s_limits_win(monkeypatch):
@@ -595,9 +554,7 @@ def test_the_command_line_continues_a_text_and_names_what_is_wrong(capsys, monke
     assert texts[0] == texts[1] != texts[2] and {o["eos_id"] for o in options} == {2047}
     for wrong in ([""], ["a", "--top-k", "-3"], ["a", "--model", "x"]):
         assert gpt.main(["--prompt", *wrong]) == 1
-        error = capsys.readouterr().err
-        assert error.startswith("error: ") and error.count("\n") == 1
-    with pytest.raises(SystemExit, match="2"):
-        gpt.main([])
+        assert re.fullmatch("error: .*\n", capsys.readouterr().err)
+    pytest.raises(SystemExit, gpt.main, []).match("2")
     monkeypatch.setitem(sys.modules, "lora", None)  # as when gpt.py is copied alone
     assert gpt.main(["--prompt", "a"]) == 1 and "lora" in capsys.readouterr().err
