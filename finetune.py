@@ -83,6 +83,7 @@ class Job:
     val_loss: float = math.nan
     proofs: list[dict] = field(default_factory=list)  # of the spans that are finished
     logged: int = 0  # bytes of metrics.jsonl
+    saved: float = field(default_factory=time.monotonic)  # when, to a checkpoint
 
 def n_targets(batch, loss_on: str) -> int:
     """How many tokens of a batch are supervised."""
@@ -170,7 +171,7 @@ def build_optimizer(model, plan, recipe, before=None) -> torch.optim.AdamW:
 def train(model, plan, optimizer, first: int, end: int, job, noted) -> bool:
     """The training loop: what is left of the steps `first` to `end` - 1. False if a signal ended
     it, which is `noted`; then there is a checkpoint."""
-    machine, recipe, saved = job.machine, job.recipe, time.monotonic()
+    machine, recipe = job.machine, job.recipe
     total, parameters = len(job.order), plan.parameters()
     for step in range(job.step, end):
         began = time.perf_counter()
@@ -187,10 +188,10 @@ def train(model, plan, optimizer, first: int, end: int, job, noted) -> bool:
             part_loss = part_loss * (len(part) > 0) / n
             part_loss.backward()
             loss += part_loss.item()
-        late = time.monotonic() - saved > CHECKPOINT_SECONDS
-        sums = torch.tensor([loss, len(noted), late])
-        for tensor in [sums.to(machine.device), *(p.grad for p in parameters)]:
-            if machine.world > 1 and not hasattr(tensor, "full_tensor"):  # those of FSDP are summed
+        late = time.monotonic() - job.saved > CHECKPOINT_SECONDS
+        sums = torch.tensor([loss, len(noted), late], device=machine.device)
+        for tensor in [sums, *(p.grad for p in parameters)] if machine.world > 1 else []:
+            if not hasattr(tensor, "full_tensor"):  # those of FSDP are sums already
                 dist.all_reduce(tensor)
         loss, stop, late = sums.tolist()
 
@@ -222,7 +223,7 @@ def train(model, plan, optimizer, first: int, end: int, job, noted) -> bool:
             plan.check_model(model)
             plan.check_unchanged(model, trained=False)
             save_checkpoint(job, model, plan, optimizer)
-            saved = time.monotonic()
+            job.saved = time.monotonic()
         if stop:
             return False
     return True
@@ -377,6 +378,8 @@ def fill_in(flags: dict, model, machine) -> dict:
 def prepare(flags: dict, parts, model, tokenizer, machine) -> Job:
     """What the run will do: its examples, the order of its steps, its spans."""
     recipe = argparse.Namespace(**flags)
+    if recipe.max_length > model.config.block_size:
+        raise ValueError(f"--max-length: the model takes {model.config.block_size} tokens at most")
     records, how = parts.train[:recipe.max_examples], (recipe.template, recipe.max_length)
     train_set, kept = encode_examples(records, tokenizer, *how)
     val_set, _ = encode_examples(parts.val, tokenizer, *how)
@@ -472,9 +475,11 @@ def run(args) -> int:
     noted = []  # signals: the step at hand is finished first
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: noted.append(number))
-    finished = train_in_spans(model, job, saved, noted)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        finished = train_in_spans(model, job, saved, noted)
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if not finished:
         say(f"\nstopped after step {job.step}; the same command with --resume goes on")
         return 128 + (noted or [signal.SIGTERM])[0]

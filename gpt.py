@@ -19,11 +19,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # by import torch
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # nothing here needs it
 
 @dataclass(frozen=True)
 class GPTConfig:
@@ -301,7 +301,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
             if name.endswith((".attn.bias", ".attn.masked_bias")):
                 continue  # the causal mask, which old files carry
             if name in tensors or not t.is_floating_point() or not t.float().isfinite().all():
-                raise ValueError(f"{path}: {name} is there twice, or not all finite floats")
+                raise ValueError(f"{path}: {name} is there twice, or has NaN, inf or integers")
             tensors[name] = (t.t().contiguous() if name.endswith(CONV1D) else t).float()
     return tensors
 
