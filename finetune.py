@@ -2,8 +2,8 @@
 
 `--trainable` becomes an exact set of parameters, or is refused. It is checked on the model, the
 optimizer, the gradients of the first two steps and, at the end, byte by byte. The training loop is
-`train`; `run` is the table of contents. A step's loss is the sum over its supervised tokens divided
-by their number. The same seed, data and flags give the same weights, interrupted or not.
+`train`; `run` is the table of contents. The same seed, data and flags give the same weights,
+interrupted or not.
 
     python finetune.py                                           # the embedded model and data
     python finetune.py --lora-r 16 --model gpt2 --data my-records.json
@@ -21,16 +21,16 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from dataclasses import dataclass, field
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # which is not needed
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from data import (DATASETS, TEMPLATES, batches, collate, copy_tokenizer, encode_examples,
@@ -44,62 +44,59 @@ from lora import add_lora, save_lora
 HEAD_ROWS = 1024  # positions whose logits are in memory at one time
 CHECKPOINT_SECONDS = 600  # where --checkpoint-every does not say
 SETTINGS = ("out", "resume", "overwrite", "eval_every", "checkpoint_every", "no_responses",
-            "device", "recompute")  # flags that may differ when a run is resumed
-# What a run and its evaluation write, and --overwrite removes.
+            "device", "recompute")  # may differ when a run is resumed
 WRITTEN = ("run.json", "metrics.jsonl", "model", "adapter", "responses.jsonl", "scores.json",
            "loss.png", "compare.png", "judge-*", "canaries-*", "pairs-*", "checkpoint.*")
-STATE = ("step", "tokens", "seconds", "losses", "val_loss", "proofs", "logged")  # of a Job
+STATE = ("step", "tokens", "seconds", "losses", "val_loss", "proofs", "logged")
 say = partial(print, flush=True)
 
 @dataclass(frozen=True)
 class Machine:
-    """What a run computes on, and which of how many processes this is."""
+    """What a run computes on, and which of its processes this is."""
     device: torch.device
     dtype: torch.dtype = torch.float32  # of products; weights are float32
     rank: int = 0
     world: int = 1
 
     def autocast(self):
-        """A context in which matrix products have this dtype."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
 @dataclass
 class Job:
-    """One run: what it learns from, how, on what, where to, and how far it is."""
+    """One run: from what it learns, how, on what, where to, and how far it is."""
     out: Path
-    record: dict  # the head of run.json: flags, versions, data, weights
-    recipe: argparse.Namespace  # those flags, with the defaults filled in
+    record: dict  # the head of run.json
+    recipe: argparse.Namespace  # its flags
     machine: Machine
     train: list  # of Encoded
     val: list
     positions: list[int]  # of the training examples in their file
-    order: list[tuple[int, list[int]]]  # (epoch, indices into train) of every step
+    order: list[tuple[int, list[int]]]  # of every step: epoch, indices into train
     spans: list[tuple[int, str]]  # (first step, policy)
-    prefix: tuple[int, dict] | None = None  # (block, what enters it for each example)
+    prefix: tuple[int, dict] | None = None  # a block, and what enters it
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0  # spent on steps
     losses: list[float] = field(default_factory=list)  # of the latest steps
     val_loss: float = math.nan
-    proofs: list[dict] = field(default_factory=list)  # of the spans that are finished
+    proofs: list[dict] = field(default_factory=list)  # of finished spans
     logged: int = 0  # bytes of metrics.jsonl
     saved: float = field(default_factory=time.monotonic)  # when, to a checkpoint
 
 def n_targets(batch, loss_on: str) -> int:
-    """How many tokens of a batch are supervised."""
     return sum(len(e.ids) - (e.n_prompt if loss_on == "response" else 1) for e in batch)
 
 def loss_sum(model, batch, loss_on: str, machine, prefix=None) -> Tensor:
-    """Cross-entropy in nats, summed over the supervised tokens. The head is applied to them alone,
-    HEAD_ROWS at a time: all logits would be the largest tensor of a step."""
+    """Cross-entropy in nats, summed over the supervised tokens. The head is applied to these alone,
+    in parts: all logits would be the largest tensor of a step."""
     inputs, targets = collate(batch, loss_on)  # (B, T) each
     wanted = (targets.flatten() != -100).nonzero()[:, 0]  # (N,), on the CPU: no GPU waits
     choose_attention(machine.device, machine.dtype, inputs.shape[1])
     with machine.autocast():
         if prefix:
-            first, cached = prefix
-            x = pad_sequence([cached[id(e)] for e in batch], batch_first=True).to(machine.device)
-            hidden = model.ln_f(model.run_blocks(x, first))
+            first, known = prefix
+            x = nn.utils.rnn.pad_sequence([known[id(e)] for e in batch], batch_first=True)
+            hidden = model.ln_f(model.run_blocks(x.to(machine.device), first))
         else:
             hidden = model.features(inputs.to(machine.device))
         hidden = hidden.flatten(0, 1)[wanted.to(machine.device)]  # (B, T, C) -> (N, C)
@@ -111,24 +108,23 @@ def loss_sum(model, batch, loss_on: str, machine, prefix=None) -> Tensor:
         return sum(checkpoint(loss, h, t, use_reentrant=False) for h, t in parts)
 
 def chunks(encoded, size: int) -> list[list]:
-    """Examples of similar length, `size` at a time."""
     order = sorted(encoded, key=lambda e: len(e.ids))
     return [order[i:i + size] for i in range(0, len(order), size)]
 
 @torch.no_grad()
 def mean_loss(model, job) -> float:
-    """Loss per supervised token of the validation part; every process computes all of it."""
+    """Loss per supervised token of the validation part, in every process."""
     model.eval()
     total = sum(float(loss_sum(model, chunk, job.recipe.loss_on, job.machine, job.prefix))
                 for chunk in chunks(job.val, job.recipe.batch_size))
     if hasattr(model, "reshard"):
-        model.reshard()  # after a forward pass its outermost tensors are still whole
+        model.reshard()  # its outermost tensors are whole after a forward pass
     return total / n_targets(job.val, job.recipe.loss_on)
 
 @torch.no_grad()
 def cache_prefix(model, last: int, job) -> dict:
     """What the frozen blocks below `last` give for each example, (T, C): computed once (AutoFreeze,
-    arXiv 2102.01386), in fixed groups, on which the last bits of a product depend."""
+    arXiv 2102.01386), in fixed groups, on which its last bits depend."""
     model.eval()
     cached = {}
     for chunk in chunks(job.train + job.val, job.recipe.batch_size):
@@ -139,7 +135,7 @@ def cache_prefix(model, last: int, job) -> dict:
     return cached
 
 def rate_at(step: int, total: int, warmup: float, schedule: str) -> float:
-    """Share of the peak rate at a step from 0, never zero. `warmup`: steps, or below 1 a share."""
+    """Share of the peak rate at a step from 0, never zero."""
     warmup = round(warmup if warmup >= 1 else warmup * total)
     if step < warmup:
         return (step + 1) / (warmup + 1)
@@ -148,13 +144,13 @@ def rate_at(step: int, total: int, warmup: float, schedule: str) -> float:
     return falling[schedule]
 
 def block_of(name: str, n_layer: int) -> int:
-    """The block that a parameter belongs to; -1: the embeddings, n_layer: above the blocks."""
+    """A parameter's block; -1 for the embeddings, n_layer above the blocks."""
     if name.startswith("h."):
         return int(name.split(".")[1])
     return -1 if name.startswith(("wte.", "wpe.")) else n_layer
 
 def build_optimizer(model, plan, recipe, before=None) -> torch.optim.AdamW:
-    """AdamW over plan.parameters(), with the moments that the optimizer `before` has of them."""
+    """AdamW over plan.parameters(), with the moments that `before` has of them."""
     mixed = len({bool(ADAPTER.search(name)) for name in plan.trainable}) == 2
     groups, n = {}, model.config.n_layer
     for name, p in model.named_parameters():
@@ -169,8 +165,8 @@ def build_optimizer(model, plan, recipe, before=None) -> torch.optim.AdamW:
     return optimizer
 
 def train(model, plan, optimizer, first: int, end: int, job, noted) -> bool:
-    """The training loop: what is left of the steps `first` to `end` - 1. False if a signal ended
-    it, which is `noted`; then there is a checkpoint."""
+    """The training loop: what is left of the steps `first` to `end` - 1. False if a signal, which
+    is `noted`, ended it with a checkpoint."""
     machine, recipe = job.machine, job.recipe
     total, parameters = len(job.order), plan.parameters()
     for step in range(job.step, end):
@@ -229,8 +225,8 @@ def train(model, plan, optimizer, first: int, end: int, job, noted) -> bool:
     return True
 
 def train_in_spans(model, job, saved: dict | None, noted) -> bool:
-    """Train each span under a plan of its own, proved on its own; a resumed run goes on in the
-    middle of one, from what its checkpoint `saved`. False as in `train`."""
+    """Train each span under a plan of its own, proved on its own. A resumed run goes on from what
+    its checkpoint `saved`. False as in `train`."""
     optimizer, ends = None, [first for first, _ in job.spans[1:]] + [len(job.order)]
     for i in range(len(job.proofs), len(job.spans)):
         (first, policy), end = job.spans[i], ends[i]
@@ -276,7 +272,7 @@ def log(job, epoch: int, loss: float, rate: float, norm: float, indices) -> None
 
 def save_checkpoint(job, model, plan, optimizer) -> None:
     """Write what has trained to checkpoint.pt, whole or not at all, its sha256 at the end; the one
-    before becomes checkpoint.prev.pt. Every process must call this."""
+    before becomes checkpoint.prev.pt. All processes call this."""
     trained = set(plan.trainable).union(*(proof["trainable"] for proof in job.proofs))
     named = {name: p for name, p in model.named_parameters() if name in trained}
     gather = lambda tensors: {key: whole(t.detach()).cpu() for key, t in tensors.items()}
@@ -293,15 +289,14 @@ def save_checkpoint(job, model, plan, optimizer) -> None:
         file.write(digest)  # torch.load does not mind what follows
         os.fsync(file.fileno())
     if path.exists():
-        os.replace(path, job.out / "checkpoint.prev.pt")
-    os.replace(temp, path)
+        path.replace(job.out / "checkpoint.prev.pt")
+    temp.replace(path)
 
 def load_checkpoint(job, model) -> dict:
-    """Put weights and state of the newer intact checkpoint in place; returns all that it holds."""
+    """Put weights and state of the newest intact checkpoint in place; returns all of it."""
     for path in (job.out / "checkpoint.pt", job.out / "checkpoint.prev.pt"):
         content = path.read_bytes() if path.exists() else b""
         if hashlib.sha256(memoryview(content)[:-32]).digest() == content[-32:]:
-            del content
             saved = torch.load(path, map_location="cpu", weights_only=True)
             refuse_another_run(saved["record"], job)
             model.load_state_dict(saved["weights"], strict=False)
@@ -310,10 +305,11 @@ def load_checkpoint(job, model) -> dict:
             return saved
         if path.exists():
             say(f"note     {path} is damaged and passed over")
+            path.unlink(missing_ok=True)  # lest it take the place of the one before
     raise FileNotFoundError(f"--resume: no intact checkpoint in {job.out}; start anew: --overwrite")
 
 def put_back(saved: dict, model, plan, optimizer) -> None:
-    """Go on with a checkpoint's moments, and with its proof of this span."""
+    """Go on with a checkpoint's moments and proof."""
     from torch.distributed.tensor import distribute_tensor
     for name, p in model.named_parameters():
         for key, value in saved["moments"].get(name, {}).items() if p.requires_grad else ():
@@ -324,7 +320,7 @@ def put_back(saved: dict, model, plan, optimizer) -> None:
     plan.resume(model, saved["proof"])
 
 def refuse_another_run(then: dict, job) -> None:
-    """ValueError unless the head of a run.json describes this run."""
+    """ValueError unless a run.json or its head describes this run."""
     then, now = ({**r["flags"], "data": r["data"]["sha256"], "weights": r["weights"]}
                  for r in (then, job.record))
     for key in sorted((then | now).keys() - set(SETTINGS)):
@@ -342,13 +338,13 @@ def join_processes(device: str, dtype: str) -> Machine:
         return Machine(place, chosen)
     if cuda:
         torch.cuda.set_device(place)
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=1))
+    dist.init_process_group("nccl" if cuda else "gloo")
     if dist.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")
     return Machine(place, chosen, dist.get_rank(), world)
 
 def shard(model, machine) -> None:
-    """Leave each process a part of every tensor; a block's are put together while it runs."""
+    """Leave each process a part of every tensor; a block is put together while it runs."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
     mesh = init_device_mesh(machine.device.type, (machine.world,))
@@ -363,8 +359,8 @@ def fill_in(flags: dict, model, machine) -> dict:
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     small = sum(n for name, n in sizes.items() if not ADAPTER.search(name)) < 10_000_000
     policy = flags["trainable"] or ("lora" if any(map(ADAPTER.search, sizes)) else "all")
-    data = "" if flags["data"] == "tiny" else Path(flags["data"]).stem
     rank = f"r{flags['lora_r']}" if flags["lora_r"] else ""
+    data = "" if flags["data"] == "tiny" else Path(flags["data"]).stem
     names = [Path(flags["model"]).name, policy, rank, data]
     chosen = {"trainable": policy, "epochs": 3 if small else 2, "batch_size": 16 if small else 8,
               "lr": (3e-4 if small else 5e-5) * (10 if policy == "lora" else 1),
@@ -376,7 +372,7 @@ def fill_in(flags: dict, model, machine) -> dict:
     return flags | {"dtype": str(machine.dtype).partition(".")[2], "processes": machine.world}
 
 def prepare(flags: dict, parts, model, tokenizer, machine) -> Job:
-    """What the run will do: its examples, the order of its steps, its spans."""
+    """The run's examples, the order of its steps, its spans."""
     recipe = argparse.Namespace(**flags)
     if recipe.max_length > model.config.block_size:
         raise ValueError(f"--max-length: the model takes {model.config.block_size} tokens at most")
@@ -394,32 +390,30 @@ def prepare(flags: dict, parts, model, tokenizer, machine) -> Job:
     per_step = recipe.batch_size * recipe.grad_accum * machine.world
     epochs = [batches([len(e.ids) for e in train_set], per_step, recipe.seed, epoch)
               for epoch in range(recipe.epochs)]
-    order = [(epoch, step) for epoch, steps in enumerate(epochs) for step in steps]
-    order = order[:recipe.max_steps]
+    order = [(i, step) for i, steps in enumerate(epochs) for step in steps][:recipe.max_steps]
     recipe.eval_every = recipe.eval_every or max(1, len(order) // 10)
     spans = schedule(recipe.trainable, model.config.n_layer, len(order), len(epochs[0]),
                      recipe.seed)
     weights = repr(digests(dict(model.named_parameters()))).encode()
     record = {"flags": flags, "data": account, "weights": hashlib.sha256(weights).hexdigest(),
-              "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
+              "versions": {"python": sys.version.split()[0], "torch": str(torch.__version__)}}
     return Job(Path(flags["out"]), record, recipe, machine, train_set, val_set,
                [parts.positions[i] for i in kept], order, spans)
 
 def lowest_trained(model, job) -> int:
     """The lowest block that trains in any span; ValueError for a flag that has no effect then."""
     names = set().union(*(resolve(model, policy) for policy in {p for _, p in job.spans}))
-    recipe = job.recipe
     layer = max(0, min(block_of(name, model.config.n_layer) for name in names))
-    for flag, idle in (("lora-r", recipe.lora_r and not any(map(ADAPTER.search, names))),
-                       ("cache-prefix", recipe.cache_prefix and layer == 0),
-                       ("fsdp", recipe.fsdp and len(job.spans) > 1)):
+    for flag, idle in (("lora-r", job.recipe.lora_r and not any(map(ADAPTER.search, names))),
+                       ("cache-prefix", job.recipe.cache_prefix and layer == 0),
+                       ("fsdp", job.recipe.fsdp and len(job.spans) > 1)):
         if idle:
-            raise ValueError(f"--{flag} does not go with --trainable {recipe.trainable}")
+            raise ValueError(f"--{flag} does not go with --trainable {job.recipe.trainable}")
     return layer
 
 def claim(out: Path, resume: bool, overwrite: bool, sources: list, machine) -> None:
-    """Make the run folder, without what an earlier run wrote unless that is resumed. OSError unless
-    it is free, or holds a run that may be replaced or resumed."""
+    """Make the run folder, without what an earlier run wrote unless that is resumed. OSError where
+    it holds anything else."""
     held = (out / "metrics.jsonl").exists() or (out / "run.json").exists()
     if resume and not held:
         raise FileNotFoundError(f"--resume: no run in {out}")
@@ -442,14 +436,13 @@ def run(args) -> int:
         raise ValueError("--fsdp: there is one process; torchrun starts several")
     (folder, adapter), parts = locate(args.model), load_parts(args.data)
     if args.untie_head and not read_config(folder).tie_word_embeddings:
-        raise ValueError("--untie-head: the head of this model has weights of its own already")
+        raise ValueError("--untie-head: this model's head is not tied")
     tie = False if args.untie_head else None
     model, tokenizer = load_model(args.model, "cpu", args.dropout, tie)
     torch.manual_seed(args.seed)
     if args.lora_r:
-        targets = (args.lora_targets or "c_attn,c_proj,c_fc").split(",")
-        add_lora(model, args.lora_r, args.lora_alpha or 2 * args.lora_r, targets,
-                 args.lora_dropout or 0.0, args.rslora)
+        add_lora(model, args.lora_r, args.lora_alpha or 2 * args.lora_r,
+                 args.lora_targets.split(","), args.lora_dropout, args.rslora)
     job = prepare(fill_in(vars(args), model, machine), parts, model, tokenizer, machine)
     layer, out = lowest_trained(model, job), job.out
     claim(out, args.resume, args.overwrite, [folder, adapter], machine)
@@ -483,9 +476,9 @@ def run(args) -> int:
     if not finished:
         say(f"\nstopped after step {job.step}; the same command with --resume goes on")
         return 128 + (noted or [signal.SIGTERM])[0]
-    for module in model.modules():
-        if hasattr(module, "unshard"):
-            module.unshard()  # put together again, in every process
+    for module in (*model.h, model) if args.fsdp else ():
+        module.set_reshard_after_forward(False)
+        module.unshard()  # put together again, in every process
     if machine.world > 1:
         dist.barrier()
     if machine.rank == 0:
@@ -499,8 +492,8 @@ def finish(job, model, folder: Path, tokenizer, test: list) -> None:
         memory = torch.cuda.max_memory_allocated(job.machine.device)
     elif os.name == "posix":
         import resource
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        memory *= 1 if sys.platform == "darwin" else 1024  # bytes
+        unit = 1 if sys.platform == "darwin" else 1024
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     limit = min(model.config.block_size, 2 * max(len(e.ids) - e.n_prompt for e in job.train))
     figures = {"steps": job.step, "train_loss": sum(job.losses) / len(job.losses),
                "val_loss": job.val_loss, "exact_match": None, "seconds": round(job.seconds, 3),
@@ -518,11 +511,10 @@ def finish(job, model, folder: Path, tokenizer, test: list) -> None:
     for path in out.glob("checkpoint.*"):
         path.unlink()
     plot_losses(read_records(out / "metrics.jsonl"), out / "loss.png")
-    frozen, checks = job.proofs[-1]["frozen"], sum(sum(p["checks"].values()) for p in job.proofs)
+    checks = sum(sum(proof["checks"].values()) for proof in job.proofs)
     say(f"trained  {job.step} steps in {job.seconds:.0f} s, val loss {job.val_loss:.3f}, "
-        f"{memory / 2**30:.2f} GiB\n"
-        f"proved   {len(frozen)} frozen tensors are bit-identical, {len(trained)} have trained; "
-        f"{checks} checks passed")
+        f"{memory / 2**30:.2f} GiB\nproved   {len(job.proofs[-1]['frozen'])} frozen tensors are "
+        f"bit-identical, {len(trained)} have trained; {checks} checks passed")
     if test:
         answers = generate_responses(model, tokenizer, test, job.recipe.template, limit,
                                      out / "responses.jsonl")
@@ -533,28 +525,27 @@ def finish(job, model, folder: Path, tokenizer, test: list) -> None:
     say(f"saved    {out}")
 
 def parse_args(argv=None):
-    """The flags, in reading order."""
     parser = argparse.ArgumentParser(
-        epilog="auto: models below 10 M parameters take lr 3e-4, 3 epochs, batches of 16; larger "
-        "ones lr 5e-5, 2 epochs, batches of 8. Adapters learn ten times as fast as full weights.")
+        epilog="auto: lr 3e-4, 3 epochs, batches of 16; from 10 M parameters on lr 5e-5, 2 epochs, "
+        "batches of 8. Adapters learn ten times as fast as full weights.")
     parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
     group, switch = parser.add_argument_group, {"action": "store_true"}
     add = group("what").add_argument
-    add("--model", default="tiny", help="a model or run folder, tiny, gpt2, gpt2-medium, ...")
-    add("--data", default="tiny", help="a file of records, a folder of parts, tiny, book, alpaca")
-    add("--out", help="run folder to write (default: runs/MODEL-POLICY)")
+    add("--model", default="tiny", help="a model, a run, tiny, gpt2, gpt2-medium, ...")
+    add("--data", default="tiny", help="a file, a folder of parts, tiny, book, alpaca")
+    add("--out", help="run folder (runs/MODEL-POLICY)")
     add = group("which weights").add_argument
-    add("--trainable", help="freeze policy: all, last_block, lora,norms, ... (default: all)")
+    add("--trainable", help="policy: all, last_block, lora,norms, ... (all)")
     add("--lora-r", type=int, help="rank of the adapters to add")
-    add("--lora-alpha", type=float, help="scale times rank (default: 2 r)")
-    add("--lora-targets", help="suffixes of module names (default: c_attn,c_proj,c_fc)")
-    add("--lora-dropout", type=float, help="on the adapters' input (default: 0)")
+    add("--lora-alpha", type=float, help="scale times rank (2 r)")
+    add("--lora-targets", default="c_attn,c_proj,c_fc", help="suffixes (c_attn,c_proj,c_fc)")
+    add("--lora-dropout", type=float, default=0.0, help="on the adapters' input (0)")
     add("--rslora", **switch, help="scale by alpha / sqrt(r), not alpha / r")
-    add("--untie-head", **switch, help="give the head its own copy of the embedding")
+    add("--untie-head", **switch, help="give the head a copy of the embedding")
     add = group("data").add_argument
     add("--template", choices=list(TEMPLATES), default="alpaca", help="of prompts (alpaca)")
     add("--loss-on", choices=["response", "all"], default="response", help="(response)")
-    add("--max-length", type=int, help="tokens of an example (default: all that fit)")
+    add("--max-length", type=int, help="tokens of an example (all that fit)")
     add("--max-examples", type=int, help="train on the first so many records")
     add = group("optimization").add_argument
     add("--epochs", type=int, help="passes over the training part (auto)")
@@ -577,9 +568,9 @@ def parse_args(argv=None):
     add("--recompute", **switch, help="activations in backward: less memory")
     add("--fsdp", **switch, help="with torchrun: shard the model")
     add = group("output").add_argument
-    add("--eval-every", type=int, help="steps (default: ten times a run)")
-    add("--checkpoint-every", type=int, help="steps (default: ten minutes)")
-    add("--resume", **switch, help="go on from the checkpoint in --out")
+    add("--eval-every", type=int, help="steps (ten times a run)")
+    add("--checkpoint-every", type=int, help="steps (ten minutes)")
+    add("--resume", **switch, help="go on from the checkpoint")
     add("--overwrite", **switch, help="replace the run in --out")
     add("--no-responses", **switch, help="do not answer the test prompts")
     args = parser.parse_args(argv)
@@ -587,14 +578,14 @@ def parse_args(argv=None):
         flag, zero = "--" + name.replace("_", "-"), re.search("drop|weight|warm|clip|seed", name)
         if type(value) in (int, float) and not (0 < value < 2**62 or value == 0 and zero):
             parser.error(f"{flag} {value}: must be above zero")
-        if value == "" or "lora" in name and value and not args.lora_r:
+        idle = "lora" in name and not args.lora_r and value != parser.get_default(name)
+        if value == "" or idle:
             parser.error(f"{flag}: is empty, or has no effect without --lora-r")
     if args.resume and args.overwrite or args.fsdp and args.cache_prefix:
         parser.error("--resume and --overwrite, --fsdp and --cache-prefix exclude each other")
     return args
 
 def main(argv=None) -> int:
-    """Run the command line; what the user gave wrong ends in one line on stderr."""
     args = parse_args(argv)
     keep_freed_memory()
     try:
@@ -602,11 +593,11 @@ def main(argv=None) -> int:
             multiply_with_onednn()
         return run(args)
     except KeyboardInterrupt:
-        message, code = "interrupted", 130
+        print("error: interrupted", file=sys.stderr)
+        return 130
     except (ValueError, OSError, ArithmeticError, FreezeError, torch.OutOfMemoryError) as error:
-        message, code = " ".join(str(error).split()), 1
-    print(f"error: {message}", file=sys.stderr)
-    return code
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
 
 if __name__ == "__main__":
     sys.exit(main())

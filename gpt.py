@@ -276,7 +276,7 @@ def locate(name) -> tuple[Path, Path | None]:
     if not (run / "adapter").is_dir():
         return model_folder(name), None
     base = model if model.is_dir() else read_json(run / "run.json")["flags"]["model"]
-    return model_folder(base), run / "adapter"
+    return locate(base)[0], run / "adapter"
 
 def read_config(folder: Path) -> GPTConfig:
     """ValueError for settings that would change the logits."""
