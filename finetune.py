@@ -194,7 +194,7 @@ def train(model, plan, optimizer, first: int, end: int, job, noted) -> bool:
         # The update: clipping, the checks of the first two steps, the rate, the step.
         norm = float(whole(nn.utils.clip_grad_norm_(parameters, recipe.clip or math.inf)))
         if not math.isfinite(loss + norm):
-            raise ArithmeticError(f"step {step + 1}: loss {loss}, gradient norm {norm}; lower --lr")
+            raise ArithmeticError(f"step {step + 1}: loss {loss}, gradient {norm}; lower --lr")
         if step < first + 2:
             plan.check_gradients(model, step - first + 1)
         rate = rate_at(step, total, recipe.warmup, recipe.schedule)
@@ -266,7 +266,8 @@ def log(job, epoch: int, loss: float, rate: float, norm: float, indices) -> None
     text = (f"step {job.step}/{len(job.order)}: loss {loss:.3f}, val {job.val_loss:.3f}, "
             f"{job.tokens / job.seconds:,.0f} tokens/s, ETA {job.seconds / job.step * left:.0f} s")
     if sys.stdout.isatty():  # one line that is updated
-        say("\r" + text.ljust(shutil.get_terminal_size().columns - 1), end="\n" * validated)
+        width = shutil.get_terminal_size().columns - 1
+        say("\r" + text[:width].ljust(width), end="\n" * validated)
     elif validated:
         say(text)
 
@@ -325,8 +326,8 @@ def refuse_another_run(then: dict, job) -> None:
                  for r in (then, job.record))
     for key in sorted((then | now).keys() - set(SETTINGS)):
         if then.get(key) != now.get(key):
-            raise ValueError(f"--resume: another run is in {job.out}: {key} differs, "
-                             f"{then.get(key)} and {now.get(key)}")
+            raise ValueError(f"--resume: {job.out} is another run: {key} was {then.get(key)}, "
+                             f"is {now.get(key)}")
 
 def join_processes(device: str, dtype: str) -> Machine:
     """This process among those of torchrun, or alone. Only the first one prints."""

@@ -205,6 +205,8 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, *, eos_i
         raise ValueError(f"prompts of 1 to {block_size - 1} ids are needed; {max_new_tokens=}")
     if not (temperature >= 0 and (top_k or 1) > 0 and 0 < (1 if top_p is None else top_p) <= 1):
         raise ValueError(f"impossible: {temperature=} {top_k=} {top_p=}")
+    if temperature == 0 and (top_k or top_p):
+        raise ValueError("top_k and top_p have no effect at temperature 0")
     rng = None if seed is None else torch.Generator(device).manual_seed(seed)
     rows, answers = list(range(len(prompts))), [[] for _ in prompts]  # rows: still in the batch
     before = {m: dict(vars(m)) for m in model.modules()}  # modes, adapters of rows

@@ -1,10 +1,9 @@
-"""
-LoRA (Hu et al. 2021, arXiv 2106.09685): add, switch, merge, save, load low-rank adapters.
+"""LoRA (Hu et al. 2021, arXiv 2106.09685): add, switch, merge, save, load low-rank adapters.
 
     y = W x + b + s B A x     A [r, in], B [out, r], s = alpha / r; rsLoRA: alpha / sqrt(r)
 
 An adapted layer stays the nn.Linear it was, its weight with the same name and storage. Nothing
-here freezes a parameter. Folders are PEFT's, checked against peft for GPT-2.
+here freezes a parameter. Folders are PEFT's, checked against peft.
 
     python lora.py merge --base tiny --adapter runs/X=0.5 runs/Y=0.5 --out merged
 """
@@ -12,17 +11,14 @@ here freezes a parameter. Folders are PEFT's, checked against peft for GPT-2.
 import argparse
 import re
 import sys
-import warnings
 from pathlib import Path
 
 import torch
-import torch.nn as nn
-
+from torch import nn
 
 class LoRALinear(nn.Linear):
-    """(..., in) -> (..., out), with adapters by name in lora_A, lora_B and configs; active: a name,
-    None, or a list of them, one per row. A and B are float32, as in PEFT."""
-
+    """(..., in) -> (..., out), with adapters by name in lora_A, lora_B (float32, as in PEFT) and
+    configs; active: a name, None, or a list of them, one per row."""
     def forward(self, x):
         y = super().forward(x)
         if not isinstance(self.active, list):
@@ -43,134 +39,123 @@ class LoRALinear(nn.Linear):
         c = self.configs[name]
         return c["lora_alpha"] / c["r"] ** (0.5 if c["use_rslora"] else 1)
 
-
 def _hits(name, pattern):
-    """Whether a name ends in what the regular expression matches, as in PEFT."""
+    """Whether a name ends in what the pattern matches, as in PEFT."""
     return re.fullmatch(rf"(.*\.)?({pattern})", f"transformer.{name}")
-
 
 def _select(model, patterns):
     linears = {n: m for n, m in model.named_modules()
                if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
-    for pattern in patterns:
-        if not any(_hits(n, pattern) for n in linears):
-            raise ValueError(f"target {pattern} hits no linear layer of {', '.join(linears)}")
+    for p in patterns:
+        if not any(_hits(n, p) for n in linears):
+            raise ValueError(f"target {p} hits no linear layer of {', '.join(linears)}")
     layers = {n: m for n, m in linears.items() if any(_hits(n, p) for p in patterns)}
     fast = {m for e in model.modules() if isinstance(e, nn.TransformerEncoderLayer)
             for m in e.modules()}  # read, not called
     weights = [p.data_ptr() for _, p in model.named_parameters(remove_duplicate=False)]
-    for n, layer in layers.items():
-        if type(layer) not in (nn.Linear, LoRALinear):
-            kind = type(layer).__name__.replace("Conv1D", "transformers' Conv1D")
+    for n, m in layers.items():
+        if type(m) not in (nn.Linear, LoRALinear):
+            kind = type(m).__name__.replace("Conv1D", "transformers' Conv1D")
             raise ValueError(f"target {n} is {kind}, not nn.Linear")
-        if layer in fast or "forward" in vars(layer) or "weight" not in layer._parameters:
-            raise ValueError(f"target {n}: its weight is not used by nn.Linear's forward")
-        if weights.count(layer.weight.data_ptr() or "meta") > 1:
+        if m in fast or "forward" in vars(m) or "weight" not in m._parameters:
+            raise ValueError(f"target {n}: its weight is not what nn.Linear reads")
+        if weights.count(m.weight.data_ptr() or "meta") > 1:
             raise ValueError(f"target {n} shares its weight: untie it (tie_word_embeddings=False)")
     return layers
-
 
 def _add(model, name, configs):
     if any(name in getattr(m, "configs", ()) for m in model.modules()):
         raise ValueError(f"adapter {name!r} is there already")
-    for layer, config in configs.items():
-        if type(layer) is nn.Linear:
-            layer.__class__ = LoRALinear  # in place: who holds it or its weight still does
-            layer.lora_A, layer.lora_B, layer.configs = nn.ParameterDict(), nn.ParameterDict(), {}
-        W, dtype = layer.weight, torch.promote_types(layer.weight.dtype, torch.float32)
-        layer.lora_A[name] = nn.Parameter(W.new_empty(config["r"], W.shape[1], dtype=dtype))
-        layer.lora_B[name] = nn.Parameter(W.new_zeros(W.shape[0], config["r"], dtype=dtype))
-        layer.configs[name] = config
+    for m, config in configs.items():
+        if type(m) is nn.Linear:
+            m.__class__ = LoRALinear  # in place: who holds it or its weight still does
+            m.lora_A, m.lora_B, m.configs = nn.ParameterDict(), nn.ParameterDict(), {}
+        r, dtype = config["r"], torch.promote_types(m.weight.dtype, torch.float32)
+        m.lora_A[name] = nn.Parameter(m.weight.new_empty(r, m.in_features, dtype=dtype))
+        m.lora_B[name] = nn.Parameter(m.weight.new_zeros(m.out_features, r, dtype=dtype))
+        m.configs[name] = config
     use_lora(model, name)
 
-
 def _holders(model, name):
-    layers = {n: m for n, m in model.named_modules() if name in getattr(m, "configs", ())}
-    if not layers:
+    found = {n: m for n, m in model.named_modules() if name in getattr(m, "configs", ())}
+    if not found:
         raise ValueError(f"no adapter {name!r} (a merged one is part of the weights)")
-    return layers
-
+    return found
 
 def add_lora(model: nn.Module, r=8, alpha=16, targets=("c_attn", "c_proj", "c_fc"), dropout=0.0,
-             rslora=False, name="default") -> None:
+             rslora=False, name="default"):
     """Add an adapter and make it active; untrained it changes nothing (B = 0). targets: suffixes
-    of module names (attn.c_proj hits only that) or patterns with *. ValueError for one that hits
-    nothing or cannot be adapted, or a taken name."""
+    of module names (attn.c_proj, say) or patterns with *. ValueError for one that hits nothing or
+    cannot be adapted, a taken name, r below 1."""
+    if r < 1:
+        raise ValueError(f"r is {r}, not 1 or more")
     layers = _select(model, [re.escape(t).replace(r"\*", ".*") for t in targets]).values()
     config = {"r": r, "lora_alpha": alpha, "lora_dropout": dropout, "use_rslora": rslora}
     _add(model, name, dict.fromkeys(layers, config))
     for layer in layers:
         nn.init.kaiming_uniform_(layer.lora_A[name], a=5**0.5)
 
-
-def use_lora(model: nn.Module, name: str | None | list[str | None]) -> None:
-    """Activate an adapter, None (the base), or a list of them, one per row; else ValueError."""
+def use_lora(model, name: str | None | list[str | None]):
+    """Activate an adapter, None (the base), or a list, one per row. ValueError: there is none."""
     for n in set(name if isinstance(name, list) else [name]) - {None}:
         _holders(model, n)
-    for layer in model.modules():
-        if isinstance(layer, LoRALinear):
-            layer.active = name
-
+    for m in model.modules():
+        if isinstance(m, LoRALinear):
+            m.active = name
 
 @torch.no_grad()
-def merge_lora(model: nn.Module, name="default", weight=1.0) -> None:
-    """W += weight s B A, summed in float64. Other adapters stay; a layer without one is nn.Linear
-    again. ValueError, with nothing changed, for an unknown adapter and sums that are not finite."""
+def merge_lora(model, name="default", weight=1.0):
+    """W += weight s B A, summed in float64. Other adapters stay; a layer without any is nn.Linear
+    again. ValueError, with nothing changed, for an unknown adapter or a sum that is not finite."""
     merged = {}
-    for n, layer in _holders(model, name).items():  # float64, CPU: no autocast, no TF32
-        W, A, B = (t.cpu().double() for t in (layer.weight, layer.lora_A[name], layer.lora_B[name]))
-        merged[layer] = (W + weight * layer.scale(name) * B @ A).to(layer.weight.dtype)
-        if not merged[layer].isfinite().all():
+    for n, m in _holders(model, name).items():  # float64, CPU: no autocast, no TF32
+        W, A, B = (t.cpu().double() for t in (m.weight, m.lora_A[name], m.lora_B[name]))
+        merged[m] = (W + weight * m.scale(name) * B @ A).to(m.weight.dtype)
+        if not merged[m].isfinite().all():
             raise ValueError(f"merging {name!r} would make {n}.weight NaN or inf")
-    for layer, W in merged.items():
-        layer.weight.copy_(W)
-        del layer.lora_A[name], layer.lora_B[name], layer.configs[name]
-        if not layer.configs:
-            del layer.lora_A, layer.lora_B, layer.configs, layer.active
-            layer.__class__ = nn.Linear
+    for m, W in merged.items():
+        m.weight.copy_(W)
+        del m.lora_A[name], m.lora_B[name], m.configs[name]
+        if not m.configs:
+            del m.lora_A, m.lora_B, m.configs, m.active
+            m.__class__ = nn.Linear
 
-
-def lora_state_dict(model: nn.Module, name="default") -> dict[str, torch.Tensor]:
+def lora_state_dict(model, name="default") -> dict[str, torch.Tensor]:
     """The entries of model.state_dict() that are one adapter's."""
-    return {f"{n}.{kind}.{name}": getattr(layer, kind)[name].detach()
-            for n, layer in _holders(model, name).items() for kind in ("lora_A", "lora_B")}
+    return {f"{n}.{kind}.{name}": getattr(m, kind)[name].detach()
+            for n, m in _holders(model, name).items() for kind in ("lora_A", "lora_B")}
 
-
-# Options read below, or without effect once trained; no other may be set.
-KNOWN = set("""peft_type task_type base_model_name_or_path r lora_alpha lora_dropout target_modules
+# Options read below, or without effect on a trained adapter; no other may be set.
+KNOWN = """peft_type task_type base_model_name_or_path r lora_alpha lora_dropout target_modules
     rank_pattern alpha_pattern use_rslora bias init_lora_weights fan_in_fan_out inference_mode
-    auto_mapping peft_version megatron_core qalora_group_size""".split())
+    auto_mapping peft_version megatron_core qalora_group_size""".split()
 VALUES = {"peft_type": ["LORA"], "bias": ["none"], "init_lora_weights": [True, "gaussian"]}
 
-
-def save_lora(model: nn.Module, folder: str | Path, name="default", base="gpt2") -> None:
+def save_lora(model, folder, name="default", base="gpt2"):
     """Write an adapter as a PEFT folder. base: its model, a hub name or a folder."""
     from gpt import write_json, write_safetensors
-
     if Path(base, "config.json").is_file():
         base = Path(base).resolve()
-    configs = {n: layer.configs[name] for n, layer in _holders(model, name).items()}
+    configs = {n: m.configs[name] for n, m in _holders(model, name).items()}
     first, tensors = next(iter(configs.values())), {}
     for key, tensor in lora_state_dict(model, name).items():
         path = key if key.startswith("lm_head.") else f"transformer.{key}"
         tensors[f"base_model.model.{path.removesuffix(name)}weight"] = tensor
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    write_safetensors(Path(folder, "adapter_model.safetensors"), tensors)
-    write_json(Path(folder, "adapter_config.json"), {
+    write_safetensors(f"{folder}/adapter_model.safetensors", tensors)
+    write_json(f"{folder}/adapter_config.json", {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "fan_in_fan_out": True, **first,
         "base_model_name_or_path": str(base), "target_modules": list(configs),
         "rank_pattern": {n: c["r"] for n, c in configs.items() if c != first},
         "alpha_pattern": {n: c["lora_alpha"] for n, c in configs.items() if c != first}})
 
-
 def _read_adapter(folder):
     from gpt import read_json, read_safetensors
-
-    folder = Path(folder, "adapter") if Path(folder, "adapter").is_dir() else Path(folder)
+    inside = Path(folder, "adapter")  # of a run
+    folder = inside if inside.is_dir() else Path(folder)
     config = read_json(folder / "adapter_config.json")
     for key in ("peft_type", "r", "lora_alpha", "target_modules"):
         if not config.get(key):  # PEFT has silent defaults
-            raise ValueError(f"{folder}: adapter_config.json lacks {key}")
+            raise ValueError(f"{folder}: its config lacks {key}")
     for key, value in config.items():
         if value and (key not in KNOWN or value not in VALUES.get(key, [value])):
             raise ValueError(f"{folder}: {key} {value!r} is not supported")
@@ -179,30 +164,28 @@ def _read_adapter(folder):
         raise FileNotFoundError(f"no {weights} (load adapter_model.bin with peft, save it again)")
     return config, read_safetensors(weights)
 
-
-def load_lora(model: nn.Module, folder: str | Path, name="default") -> None:
+def load_lora(model, folder, name="default"):
     """Add a PEFT folder's adapter and make it active. ValueError, with nothing changed, for options
-    that we do not have, layers that cannot be adapted, and tensors that do not fit."""
+    that we do not have, layers that cannot be adapted, tensors that do not fit."""
     config, tensors = _read_adapter(folder)
     targets, configs, shapes = config["target_modules"], {}, {}
-    patterns = [targets] if isinstance(targets, str) else targets
-    layers = _select(model, [".*(?<!lm_head)"] if targets == "all-linear" else patterns)
-    for n, layer in layers.items():
+    if isinstance(targets, str):
+        targets = [targets.replace("all-linear", ".*(?<!lm_head)")]
+    for n, m in _select(model, targets).items():
         c = {k: config.get(k, 0) for k in ("r", "lora_alpha", "lora_dropout", "use_rslora")}
         for key, option in ("r", "rank_pattern"), ("lora_alpha", "alpha_pattern"):
-            values = [v for p, v in (config.get(option) or {}).items() if _hits(n, p)]
-            c[key] = [*values, c[key]][0]
-        configs[layer] = c
-        shapes[f"{n}.lora_A.{name}"] = (c["r"], layer.in_features)
-        shapes[f"{n}.lora_B.{name}"] = (layer.out_features, c["r"])
-    ours = re.compile(r"base_model\.model\.(?:transformer\.)?(.*\.)weight")
-    tensors = {ours.sub(rf"\g<1>{name}", key): t for key, t in tensors.items()}
-    theirs = {key: t.shape if t.isfinite().all() else () for key, t in tensors.items()}
-    if wrong := shapes.items() ^ theirs.items():
+            values = (v for p, v in (config.get(option) or {}).items() if _hits(n, p))
+            c[key] = next(values, c[key])
+        configs[m] = c
+        shapes[f"{n}.lora_A.{name}"] = (c["r"], m.in_features)
+        shapes[f"{n}.lora_B.{name}"] = (m.out_features, c["r"])
+    theirs = r"base_model\.model\.(?:transformer\.)?(.*\.)weight"
+    tensors = {re.sub(theirs, rf"\g<1>{name}", key): t for key, t in tensors.items()}
+    found = {key: t.shape if t.isfinite().all() else () for key, t in tensors.items()}
+    if wrong := shapes.items() ^ found.items():
         raise ValueError(f"{folder}: {min(wrong)[0]} is missing, extra, misshapen or not finite")
     _add(model, name, configs)
     model.load_state_dict(tensors, strict=False)
-
 
 def run(args):
     if args.command == "show":
@@ -210,7 +193,6 @@ def run(args):
         return
     from data import copy_tokenizer
     from gpt import GPT, model_folder, read_json
-
     if args.out.exists():
         raise ValueError(f"--out {args.out} is there already")
     source = model_folder(args.base)
@@ -225,9 +207,7 @@ def run(args):
     model.save_pretrained(args.out, eos_id=read_json(source / "config.json").get("eos_token_id"))
     copy_tokenizer(source, args.out)
 
-
 def main(argv=None) -> int:
-    warnings.filterwarnings("ignore", "Failed to initialize NumPy")
     parser = argparse.ArgumentParser(description="Show or merge LoRA adapters.")
     commands = parser.add_subparsers(dest="command", required=True)
     show = commands.add_parser("show")
@@ -237,14 +217,13 @@ def main(argv=None) -> int:
     merge.add_argument("--adapter", required=True, action="extend", nargs="+", metavar="F[=WEIGHT]")
     merge.add_argument("--out", required=True, type=Path)
     for each in parser, show, merge:
-        each.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
+        each.error = lambda m: parser.exit(2, f"error: {m} (see --help)\n")
     try:
         run(parser.parse_args(argv))
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print("error:", *str(error).split(), file=sys.stderr)
         return 1
     return 0
-
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -77,12 +77,10 @@ ACCEPTED = [
     ({"conversations": [HUMAN, GPT], "system": "Be brief."}, BRIEF),
     (PAIR | {"system": "", "history": [], "choices": None}, ADD | {"history": [], "choices": None}),
     ({"question": "Add.", "context": "1 1", "answer": "2"}, ADD | {"input": "1 1"}),
-    ({"instruction": "Add.", "context": "1 1", "response": "2"}, ADD | {"input": "1 1"}),
     (PAIR | {"label": 0}, ADD | {"label": 0}),  # a class
     ({"messages": [USER | {"train": False}, REPLY | {"train": True}]}, ADD | {"train": True}),
     ({"messages": [USER | {"name": "ann"}, REPLY]}, ADD | {"name": "ann"}),
     ({"prompt": None, "completion": None, "question": "Add.", "answer": "2"}, ADD),
-    (PAIR | {"conversations": " "}, ADD | {"conversations": " "}),
 ]
 
 
@@ -110,7 +108,6 @@ REFUSED = [
     ({"messages": [USER, REPLY | {"tool_calls": [{"id": 1}]}]}, "tool_calls is not read"),
     *[(PAIR | {n: False}, "not to be learned") for n in "label train trainable loss_mask".split()],
     ({"messages": [USER, REPLY | {"weight": 0}]}, "not to be learned"),
-    ({"conversations": [HUMAN, GPT | {"train": False}]}, "not to be learned"),
     (PAIR | {"output": "half \ud83d"}, "surrogates"),
     ({"messages": [USER, REPLY] * 2}, "messages of user, assistant, user, assistant; split"),
     ({"messages": [USER, {"role": "tool", "content": "x"}, REPLY]}, "tool"),
@@ -121,7 +118,6 @@ REFUSED = [
     ({"prompt": [USER], "completion": [REPLY]}, "['prompt'] is no text; chats go in messages"),
     ({"instruction": ["a", "b"], "output": ["c", "d"]}, "tables by rows"),
     ({"data": [PAIR, PAIR]}, "in ['data']"),
-    ({"text": "Question: a\nAnswer: b"}, "in ['text']"),
 ]
 
 
@@ -151,14 +147,12 @@ def test_lines_may_have_a_byte_order_mark_windows_ends_blanks_and_odd_separators
 
 
 @pytest.mark.parametrize("content, needle", [
-    (b"", "empty"), (b"[]", "0 of 0 records"),
-    (b"\x1f\x8b\x08", "is gzip"), (b"\xfd7zXZ\0", "is xz"),
-    (b"\x28\xb5\x2f\xfd\x04", "is zstd"), (b"BZh91AY", "is bzip2"),
-    (b"PK\x03\x04\x14", "is zip or xlsx"), (b"PAR1\x15", "is parquet"),
-    (b"ARROW1\0\0", "is arrow"), (b"\xff\xff\xff\xff\x78", "is arrow"),
+    (b"", "empty"), (b"[]", "0 of 0"), (b"\x1f\x8b\x08", "is gzip"), (b"\xfd7zXZ\0", "is xz"),
+    (b"\x28\xb5\x2f\xfd\x04", "text or binary; needed is"), (b"\xff\xff\xff\xff\x78", "binary"),
+    (b"PK\x03\x04", "is zip or xlsx"), (b"PAR1\x15", "is parquet"),
     ("[]".encode("utf-16"), "is UTF-16"), (b"\n\n  <html>", "is a web page"),
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
-    (b"instruction,output\na,b\n", "csv or text; needed is UTF-8 JSON"),
+    (b"instruction,output\na,b\n", "csv, text or binary; needed is UTF-8 JSON"),
     (b'[{"instruction": "a", "output": "b"}, {"instr', "line 1: not JSON"),
     (b'[{"instruction": "a\xe9", "output": "b"}]', "not JSON ('utf-8' codec"),
     (b"{'instruction': 'a', 'output': 'b'}", "not JSON (Expecting property name"),
@@ -211,6 +205,9 @@ def test_a_users_file_is_shuffled_so_that_each_kind_is_in_each_part(tmp_path):
     assert load_examples(path) == sorted_by_kind
     assert load_parts(path, split="file order").train == sorted_by_kind[:340]
     assert load_parts(path, split="folder") == load_parts(path, split="shuffled") == parts
+    assert load_examples(write(path, records(1))) == records(1)
+    with pytest.raises(ValueError, match="r.json: at least 2 records are needed"):
+        load_parts(path)
 
 
 def test_a_folder_with_three_parts_is_taken_as_it_is(tmp_path):
@@ -226,7 +223,7 @@ def test_a_folder_with_three_parts_is_taken_as_it_is(tmp_path):
     assert (parts.train, parts.val, parts.test) == (everything[:3], everything[3:4], everything[4:])
     content = b"".join(file.read_bytes() for file in files)
     assert parts.sha256 == hashlib.sha256(content).hexdigest()
-    assert load_examples(tmp_path) == everything[:3] + everything[4:] + everything[3:4]
+    assert load_examples(tmp_path) == everything
 
 
 def test_the_notes_name_unused_fields_and_count_test_prompts_of_the_training_part(tmp_path):
@@ -447,11 +444,14 @@ BROKEN_TOKENIZERS = {
     "a merge is missing": (GOOD, GOOD_MERGES[:1]),
 }
 BROKEN_SPECS = {
-    "no pre-tokenizer": {"pre_tokenizer": None},
+    "no cut": {"pre_tokenizer": None}, "no regex": {"pre_tokenizer": CUT | {"use_regex": False}},
     "another one": {"pre_tokenizer": CUT | {"type": "Whitespace"}},
     "a prefix space": {"pre_tokenizer": CUT | {"add_prefix_space": True}},
     "no end token there": {"added_tokens": [], "model": {"vocab": NO_END, "merges": GOOD_MERGES}},
     "an ordinary token, <think>": {"added_tokens": [*ADDED, ORDINARY]},
+    "WordPiece": {"model": {"type": "WordPiece", "vocab": {"[UNK]": 0, "a": 1}}},
+    "Unigram": {"model": {"type": "Unigram", "vocab": [["a", -1.5], ["b", -2.5]]}},
+    "nothing": {"model": {}, "added_tokens": []},
 }
 
 

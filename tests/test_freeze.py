@@ -83,7 +83,6 @@ POLICIES = [  # policies that mean the same, the model, what trains
     ("all; *", {}, ALL),
     ("last_block; last:1; none,last_block;  none , last_block ", {}, blocks(2) | LN_F),
     ("last_two_blocks; last:2", {}, blocks(1, 2) | LN_F),
-    ("last:3", {}, blocks(0, 1, 2) | LN_F),
     ("first:1; blocks:0; blocks:00-0", {}, blocks(0)),
     ("first:3; blocks:2,0-1; blocks:0-2", {}, blocks(0, 1, 2)),
     ("blocks:0,2; blocks: 0 , 2 ; blocks:2,0", {}, blocks(0, 2)),
@@ -91,7 +90,6 @@ POLICIES = [  # policies that mean the same, the model, what trains
     ("embeddings; *w?e.weight", {}, EMBEDDINGS),
     ("norms; *ln_*", {}, ALL_NORMS),
     ("biases; *.bias", {}, BIASES),
-    ("norms,biases", {}, ALL_NORMS | BIASES),
     ("norms,-biases", {}, ALL_NORMS - BIASES),
     ("all,-embeddings", {}, ALL - EMBEDDINGS),
     ("all,-blocks:0,2", {}, blocks(1) | LN_F | EMBEDDINGS),
@@ -101,16 +99,11 @@ POLICIES = [  # policies that mean the same, the model, what trains
     ("*.mlp.*", {}, blocks(0, 1, 2, modules="mlp.c_fc mlp.c_proj")),
     ("wpe.weight", {}, {"wpe.weight"}),
     ("head; last_layer; lm_head*; lm_head.weight", UNTIED, HEAD),
-    ("embeddings", UNTIED, EMBEDDINGS),
     ("all,-head; all,-last_layer", UNTIED, ALL),
-    ("last_block,head", UNTIED, blocks(2) | LN_F | HEAD),
     ("lora; *lora_*", ADAPTED, adapters(0, 1, 2)),
-    ("all", ADAPTED, ALL | adapters(0, 1, 2)),
     ("all,-lora", ADAPTED, ALL),
-    ("last_block", {"dropout": 0.2}, blocks(2) | LN_F),
     ("lora,last_block", {"lora_r": 2, "dropout": 0.2}, adapters(0, 1, 2) | blocks(2) | LN_F),
     ("blocks:1", ADAPTED, blocks(1)),
-    ("biases", ADAPTED, BIASES),
     ("lora,-h.0.*", ADAPTED, adapters(1, 2)),
     ("h.1.attn.*", ADAPTED, blocks(1, modules="attn.c_attn attn.c_proj") |
      adapters(1, modules="attn.c_attn attn.c_proj")),
@@ -169,17 +162,14 @@ def test_a_wrong_policy_is_a_value_error_that_names_it_and_leaves_the_model_alon
     assert [p.requires_grad for p in model.parameters()] == before
 
 
-@pytest.mark.parametrize("n_layer, n_embd, full, last, block, lora", [
-    (12, 768, 124_439_808, 7_089_408, 7_087_872, 2_359_296),
-    (24, 1024, 354_823_168, 12_598_272, 12_596_224, 6_291_456)])
-def test_counts_of_the_published_sizes_equal_their_closed_forms(
-        n_layer, n_embd, full, last, block, lora):
+def test_counts_of_the_published_size_equal_their_closed_forms():
     with torch.device("meta"):
-        model = GPT(GPTConfig(n_layer=n_layer, n_embd=n_embd, n_head=n_embd // 64))
+        model = GPT(GPTConfig())
         count = lambda policy: sum(model.get_parameter(n).numel() for n in resolve(model, policy))
-        assert [count("all"), count("last:1"), count("blocks:5")] == [full, last, block]
+        counts = count("all"), count("last:1"), count("h.5.*")
+        assert counts == (124_439_808, 7_089_408, 7_087_872)
         add_lora(model, r=16)
-        assert count("lora") == lora
+        assert count("lora") == 2_359_296
 
 
 def build(kind, task="ForCausalLM", **more):
@@ -347,17 +337,10 @@ def test_on_a_model_with_peft_adapters_lora_means_these_and_the_other_terms_the_
                    "head": {f"{root}lm_head.base_layer.weight"},
                    "last:1": block | {f"{root}model.norm.weight"}})
     plan = freeze(model, "lora")
-    optimizer = torch.optim.AdamW(plan.parameters(), lr=1e-2)
     plan.set_modes(model.train())
     drops = [m for n, m in model.named_modules() if n.endswith("lora_dropout.default")]
     assert len(drops) == 4 and all(m.training for m in drops)  # those of adapters that train act
-    plan.check_model(model), plan.check_optimizer(optimizer)
-    for step in (1, 2):
-        optimizer.zero_grad()
-        ids = torch.arange(12).view(2, 6) + step
-        model(input_ids=ids, labels=ids).loss.backward()
-        plan.check_gradients(model, step), optimizer.step()
-    plan.check_unchanged(model)
+    plan.check_model(model)
     freeze(model, "lora,-*layers.0.*").set_modes(model.train())
     assert [m.training for m in drops] == [False, True, True, True]
 
@@ -429,16 +412,6 @@ def test_freezing_again_clears_gradients_and_flags_of_before():
     plan.check_unchanged(run.model, trained=False)  # too short a run is not asked to have moved
 
 
-@pytest.mark.parametrize("policy, below", [("last_block", 2), ("last:2", 1), ("blocks:1", 1)])
-def test_backward_does_not_enter_the_frozen_blocks_below(policy, below):
-    model, entered = small(), {}
-    freeze(model, policy)
-    for i, module in enumerate(model.h):
-        module.register_forward_hook(lambda m, x, y, i=i: entered.update({i: y.requires_grad}))
-    loss_of(model).backward()
-    assert entered == {i: i >= below for i in range(3)}
-
-
 # ---- planted violations
 
 
@@ -490,8 +463,6 @@ MOVED, STUCK = "^frozen, but changed: ", "^should have trained, but did not chan
 VIOLATIONS = [  # the check, what it says, arguments of Run, the deed; more in test_public_bugs.py
     (M, PLAN + "h.0.ln_1.bias is True; it was set since", {},
      lambda r: get(r, "h.0.ln_1.bias").requires_grad_(True)),
-    (M, PLAN + "ln_f.weight is False;", {}, lambda r: get(r, "ln_f.weight").requires_grad_(False)),
-    (M, OBJECT + r"ln_f.weight; freeze\(\) the comp", {}, lambda r: swap(r, "ln_f.weight")),
     (M, OBJECT + "extra;", {}, lambda r: setattr(r.model, "extra", nn.Parameter(torch.ones(2)))),
     (M, OBJECT + "h.0.attn.c_attn.lora_A", {}, lambda r: add_lora(r.model, r=2)),
     (M, OBJECT + "ln_f.bias;", {}, lambda r: setattr(r.model.ln_f, "bias", None)),
@@ -512,26 +483,17 @@ VIOLATIONS = [  # the check, what it says, arguments of Run, the deed; more in t
     (U, "^buffers changed: steps;", {}, lambda r: setattr(r.model, "steps", torch.ones(3))),
     (M, "^buffers changed: more;", {}, lambda r: r.model.register_buffer("more", torch.ones(3))),
     (M, "^buffers changed: steps;", {}, lambda r: delattr(r.model, "steps")),
-    (M, MODE + r"drop, h.0.attn, h.0.attn.resid_dropout, .*; call plan.set_modes\(", DROPS,
-     lambda r: r.model.train()),
     (M, MODE + "h.1.mlp.dropout;", DROPS, lambda r: r.model.h[1].mlp.dropout.train()),
     (M, MODE + "h.0.attn.c_attn, h.0.attn.c_proj, h.0.mlp.c_fc, h.0.mlp.c_proj;",
      {"policy": "lora,-h.0.*", "lora_r": 2}, lambda r: r.model.train()),
-    (O, HAS + r"h.0.attn.c_attn.bias, .* and 35 more; give it plan.parameters\(\)", {},
-     lambda r: optimize(r, *r.model.parameters())),
     (O, HAS + "ln_f.bias;", {}, lambda r: optimize(r, get(r, "ln_f.bias"))),
     (O, HAS + "ln_f.bias;", {},
      lambda r: r.optimizer.param_groups.append({"params": [get(r, "ln_f.bias")]})),
     (O, HAS + r"a tensor \(8,\) not in the model;", {},
      lambda r: optimize(r, nn.Parameter(torch.zeros(8)))),
     (O, LACKS + r": ln_f.weight; give", {}, lambda r: optimize(r, without=get(r, "ln_f.weight"))),
-    (O, "has state of what does not train: wte.weight;", {},
-     lambda r: r.optimizer.state[r.model.wte.weight].update(step=1)),
-    (G, NONE + "wte.weight; only backward", {},
-     lambda r: (r.backward(), setattr(p := r.model.wte.weight, "grad", torch.zeros_like(p)))),
-    (G, NONE + "h.0.ln_1.bias;", {},
+    (G, NONE + "h.0.ln_1.bias; only backward", {},
      lambda r: (get(r, "h.0.ln_1.bias").requires_grad_(True), r.backward())),
-    (G, "^trainable, but no gradient: h.2.attn.c_attn.bias, .*; is it left out", {}, id),
     (G, "the gradient is not finite: ln_f.weight; lower", {},
      lambda r: (r.backward(), get(r, "ln_f.weight").grad[3].fill_(torch.nan))),
     (G, "the gradient is not finite: ln_f.weight;", {},
@@ -548,9 +510,7 @@ VIOLATIONS = [  # the check, what it says, arguments of Run, the deed; more in t
      lambda r: (r.optimizer.param_groups[0].update(lr=0.0), r.train())),
     (U, STUCK + "h.0.attn.c_attn.lora_B.default", LORA,
      lambda r: (get(r, "h.0.attn.c_attn.lora_B.default").requires_grad_(False), r.train())),
-    ("resume", "trained 'last_two_blocks', here 'last_block': take its policy", {},
-     lambda r: prove(r, "last_two_blocks")),
-    ("resume", "trained 'lora', here 'lora'", LORA, lambda r: prove(r, "lora", lora_r=3)),
+    ("resume", "trained 'lora', here 'lora'", LORA, lambda r: prove(r, "lora", lora_r=1)),
     ("resume", MOVED + "h.0", {}, lambda r: prove(r, "last_block", seed=1)),
     ("resume", MOVED + "h.1.ln_1.bias;", {},
      lambda r: (prove(r, "last_block"), add(r, "h.1.ln_1.bias", 1e-30))),
@@ -726,9 +686,7 @@ def test_what_fully_shard_has_sharded_is_proved_like_whole_tensors():
 @pytest.mark.parametrize("policy, steps, per_epoch, spans", [
     ("last:1", 9, 3, [(0, "last:1")]),
     ("norms, -biases", 9, 3, [(0, "norms, -biases")]),
-    ("gradual:1", 9, 3, [(0, "last:1"), (3, "last:2"), (6, "last:3")]),
     ("gradual:1", 99, 3, [(0, "last:1"), (3, "last:2"), (6, "last:3"), (9, "last:4")]),
-    ("gradual:3", 7, 4, [(0, "last:3"), (4, "last:4")]),
     ("gradual:1", 3, 3, [(0, "last:1")]), ("gradual:1", 0, 3, [(0, "last:1")]),
     ("wpe*, gradual:2 ,-ln_f.*", 8, 4, [(0, "wpe*,last:2,-ln_f.*"), (4, "wpe*,last:3,-ln_f.*")]),
     ("blocks:0,2,gradual:2", 8, 9, [(0, "blocks:0,2,last:2")]),
@@ -762,24 +720,13 @@ def test_lisa_draws_k_blocks_by_seed_and_turn_and_equal_neighbours_are_one_span(
     assert all(a != b for a, b in zip(drawn, drawn[1:])) and 700 < len(spans) < 900  # 5/6 of 1000
 
 
-def test_each_span_is_frozen_and_proved_on_its_own():
-    run = Run("none,embeddings")
-    for step, policy in schedule("lisa:1@2,wpe.weight", 3, 12, 12, seed=0):
-        run.start(policy)
-        before = {n: p.detach().clone() for n, p in run.model.named_parameters()}
-        run.train(2)
-        run.check(M), run.check(O), run.check(U)
-        changed = {n for n, p in run.model.named_parameters() if not torch.equal(p, before[n])}
-        assert changed == blocks(int(policy[len("blocks:"):].split(",")[0])) | {"wpe.weight"}
-
-
 @pytest.mark.parametrize("flags, code, says", [
     ("", 0, "wte 232 of 232|h.0 872 of 872|ln_f 16 of 16|all: trains 2,928 of 2,928 parameters"),
     ("--trainable last_block,biases", 0, "wte 0 of 232|h.0 88 of 872|h.2 872 of 872|ln_f 16 of 16"),
     ("--lora-r 2 --trainable lora", 0, "h.1 256 of 1,128|lora: trains 768 of 3,696 parameters"),
     ("--trainable head", 1, "--untie-head"), ("--trainable last:9", 1, "'last:9'"),
     ("--trainable ,", 1, "'' is unknown"), ("--model no/such/folder", 1, "no/such/folder"),
-    ("--lora-r x", 2, "--lora-r"), ("--nonsense", 2, "--nonsense")])
+    ("--lora-r 0", 1, "r is 0"), ("--lora-r x", 2, "--lora-r"), ("--nonsense", 2, "--nonsense")])
 def test_the_script_prints_what_a_policy_trains_or_what_is_wrong_in_one_line(
         tmp_path, capsys, flags, code, says):
     small().save_pretrained(tmp_path)
@@ -801,11 +748,3 @@ def test_copied_alone_it_works_as_a_module_and_as_a_script_says_what_it_lacks(tm
         result = subprocess.run([sys.executable, "-W", "ignore", *command], cwd=tmp_path, text=True,
                                 capture_output=True)
         assert (result.returncode, result.stderr, result.stdout) == (code, says, "")
-
-
-def test_a_summary_counts_gradients_and_two_moments():
-    plan = freeze(nn.Sequential(nn.Linear(1000, 999), nn.Linear(999, 1)), "0.*")
-    assert plan.summary() == ("0.*: trains 999,999 of 1,000,999 parameters (99.90%), "
-                              "12.0 MB for gradients, moments")
-    rows = freeze_file.table(freeze(nn.Sequential(Part(), Part()), "0.*")).splitlines()
-    assert [row.split() for row in rows] == [["0", "30", "of", "30"], ["1", "0", "of", "30"]]
