@@ -41,7 +41,7 @@ def test_every_command_runs_or_says_what_it_needs(tmp_path, monkeypatch, capsys)
             main = importlib.import_module(argv[0].removesuffix(".py")).main
             assert main(argv[1:] + extra) == 0, (line, capsys.readouterr().err)
         scripts.append(argv[0])
-    assert {"finetune.py", "evaluate.py", "data.py", "freeze.py", "lora.py"} <= set(scripts)
+    assert {"finetune.py", "evaluate.py", "data.py", "lora.py"} <= set(scripts)
     assert len(scripts) > 10
 
 
