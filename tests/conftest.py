@@ -5,7 +5,7 @@ import sys
 import warnings
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # on models this small a second thread costs more than it brings
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a second thread costs more than it brings
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch says so without numpy, which is not needed
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # which is not needed
 import torch  # noqa: E402, F401
