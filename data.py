@@ -18,6 +18,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # by import torch
 import tiktoken
 import torch
 from tiktoken_ext.openai_public import r50k_pat_str
@@ -292,7 +293,6 @@ def copy_tokenizer(source, target):
 
 def main(argv=None) -> int:
     """Show data as the model sees it."""
-    warnings.filterwarnings("ignore", "Failed to initialize NumPy")
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.error = lambda m: parser.exit(2, f"error: {m} (see --help)\n")
     parser.add_argument("--data", default="tiny", help="file, folder, tiny, book or alpaca")

@@ -46,7 +46,7 @@ CHECKPOINT_SECONDS = 600  # where --checkpoint-every does not say
 SETTINGS = ("out", "resume", "overwrite", "eval_every", "checkpoint_every", "no_responses",
             "device", "recompute")  # may differ when a run is resumed
 WRITTEN = ("run.json", "metrics.jsonl", "model", "adapter", "responses.jsonl", "scores.json",
-           "loss.png", "compare.png", "judge-*", "canaries-*", "pairs-*", "checkpoint.*")
+           "loss.png", "judge-*", "canaries-*", "pairs-*", "checkpoint.*")
 STATE = ("step", "tokens", "seconds", "losses", "val_loss", "proofs", "logged")
 say = partial(print, flush=True)
 
@@ -209,11 +209,12 @@ def train(model, plan, optimizer, first: int, end: int, job, noted) -> bool:
         job.seconds += time.perf_counter() - began
         job.losses = (job.losses + [loss])[-recipe.eval_every:]
         last = job.step == total
-        if last or job.step % recipe.eval_every == 0:
+        validated = last or job.step % recipe.eval_every == 0
+        if validated:
             job.val_loss = mean_loss(model, job)
             if not math.isfinite(job.val_loss):
                 raise ArithmeticError(f"step {step + 1}: val loss {job.val_loss}; lower --lr")
-        log(job, epoch + 1, loss, rate, norm, indices)
+        log(job, epoch + 1, loss, rate, norm, indices, validated)
         due = job.step % recipe.checkpoint_every == 0 if recipe.checkpoint_every else late
         if stop or due and not last:
             plan.check_model(model)
@@ -251,10 +252,9 @@ def train_in_spans(model, job, saved: dict | None, noted) -> bool:
                            "checks": dict(plan.checks)})
     return True
 
-def log(job, epoch: int, loss: float, rate: float, norm: float, indices) -> None:
+def log(job, epoch: int, loss: float, rate: float, norm: float, indices, validated) -> None:
     """A line of metrics.jsonl, and the line that the user watches."""
     left = len(job.order) - job.step
-    validated = left == 0 or job.step % job.recipe.eval_every == 0
     line = {"step": job.step, "epoch": epoch, "train_loss": loss,
             "val_loss": job.val_loss if validated else None, "lr": job.recipe.lr * rate,
             "grad_norm": norm, "tokens": job.tokens, "seconds": round(job.seconds, 3),

@@ -244,9 +244,10 @@ class Plan:
         """Frozen tensors and buffers are bit-identical; every trainable tensor has changed (unless
         trained=False, as after fewer than two steps)."""
         self._check_objects(model)
-        same = dict(digests(self._named).items() & self._digests.items())
+        asked = self._named if trained else {n: self._named[n] for n in self.frozen}
+        same = dict(digests(asked).items() & self._digests.items())
         refuse(set(self.frozen) - same.keys(), "frozen, but changed", "find what else writes to it")
-        refuse(self._moves & same.keys() if trained else (),
+        refuse(self._moves & same.keys(),
                "should have trained, but did not change", "is the learning rate too low?")
         self.checks["check_unchanged"] += 1
 
