@@ -41,6 +41,7 @@ def format_prompt(example, template="alpaca") -> str:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
+    """One, as ids."""
     ids: list[int]  # of the prompt, the response and, unless cut, the end token
     n_prompt: int
 
@@ -164,6 +165,7 @@ KINDS = {  # how files begin
 
 @dataclass(frozen=True)
 class Parts:
+    """What load_parts gives."""
     train: list[dict]
     val: list[dict]
     test: list[dict]

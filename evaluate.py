@@ -27,6 +27,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 def note(text):
+    """To stderr."""
     print("note:", *text.split(), file=sys.stderr)
 
 def read_records(path) -> list[dict]:
@@ -43,6 +44,7 @@ def read_records(path) -> list[dict]:
     return records
 
 def append_records(path, records):
+    """As JSON lines."""
     with open(path, "a") as file:
         file.writelines(json.dumps(record) + "\n" for record in records)
 
@@ -452,6 +454,7 @@ def parse_args(argv=None):
     return args
 
 def evaluate(args):
+    """Answer, score, judge, print."""
     from data import format_prompt
     from gpt import choose_device, write_json
     device, judge = choose_device(args.device), None

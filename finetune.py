@@ -1,9 +1,7 @@
 """Instruction finetuning of GPT-2 under a freeze policy that is proved.
 
-`--trainable` becomes an exact set of parameters, or is refused. It is checked on the model, the
-optimizer, the gradients of the first two steps and, at the end, byte by byte. The training loop is
-`train`; `run` is the table of contents. The same seed, data and flags give the same weights,
-interrupted or not.
+The training loop is `train`; `run` is the table of contents. The same seed, data and flags give the
+same weights, interrupted or not.
 
     python finetune.py                                           # the embedded model and data
     python finetune.py --lora-r 16 --model gpt2 --data my-records.json
@@ -26,7 +24,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # which is not needed
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # by import torch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -84,6 +82,7 @@ class Job:
     saved: float = field(default_factory=time.monotonic)  # when, to a checkpoint
 
 def n_targets(batch, loss_on: str) -> int:
+    """Supervised tokens."""
     return sum(len(e.ids) - (e.n_prompt if loss_on == "response" else 1) for e in batch)
 
 def loss_sum(model, batch, loss_on: str, machine, prefix=None) -> Tensor:
@@ -108,6 +107,7 @@ def loss_sum(model, batch, loss_on: str, machine, prefix=None) -> Tensor:
         return sum(checkpoint(loss, h, t, use_reentrant=False) for h, t in parts)
 
 def chunks(encoded, size: int) -> list[list]:
+    """Sorted by length."""
     order = sorted(encoded, key=lambda e: len(e.ids))
     return [order[i:i + size] for i in range(0, len(order), size)]
 
@@ -579,8 +579,7 @@ def parse_args(argv=None):
         flag, zero = "--" + name.replace("_", "-"), re.search("drop|weight|warm|clip|seed", name)
         if type(value) in (int, float) and not (0 < value < 2**62 or value == 0 and zero):
             parser.error(f"{flag} {value}: must be above zero")
-        idle = "lora" in name and not args.lora_r and value != parser.get_default(name)
-        if value == "" or idle:
+        if value == "" or "lora" in name and not args.lora_r and value != parser.get_default(name):
             parser.error(f"{flag}: is empty, or has no effect without --lora-r")
     if args.resume and args.overwrite or args.fsdp and args.cache_prefix:
         parser.error("--resume and --overwrite, --fsdp and --cache-prefix exclude each other")
@@ -599,6 +598,8 @@ def main(argv=None) -> int:
     except (ValueError, OSError, ArithmeticError, FreezeError, torch.OutOfMemoryError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
+    finally:
+        torch.backends.cuda.enable_flash_sdp(True)  # the default
 
 if __name__ == "__main__":
     sys.exit(main())

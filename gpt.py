@@ -351,17 +351,20 @@ def replacing(path):
         temp.unlink(missing_ok=True)
 
 def read_json(path) -> dict:
+    """ValueError names the file."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
 
 def write_json(path, value):
+    """Whole or not at all."""
     with replacing(path) as file:
         file.write(json.dumps(value, indent=2).encode() + b"\n")
 
 class Redirects(urllib.request.HTTPRedirectHandler):
-    said = {}  # the hub's headers: they state size and sha256
+    """Keeps the hub's headers, which state size and sha256."""
+    said = {}
     def redirect_request(self, *args):
         self.said = args[4]
         return super().redirect_request(*args)

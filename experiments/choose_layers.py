@@ -17,6 +17,7 @@ import sys
 import warnings
 from pathlib import Path
 
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # by import torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -157,7 +158,6 @@ def parse_args(argv=None):
 
 def main(argv=None) -> int:
     """Print the policy; what the user gave wrong ends in one line on stderr."""
-    warnings.filterwarnings("ignore", "Failed to initialize NumPy")
     args = parse_args(argv)
     try:
         policy = choose(args)

@@ -20,6 +20,7 @@ import textwrap
 import warnings
 from pathlib import Path
 
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # by import torch
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the six files
@@ -206,7 +207,6 @@ def parse_args(argv=None):
 
 def main(argv=None) -> int:
     """Write the folders; what the user gave wrong ends in one line on stderr."""
-    warnings.filterwarnings("ignore", "Failed to initialize NumPy")
     args = parse_args(argv)
     try:
         shape(args)

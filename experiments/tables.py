@@ -17,7 +17,6 @@ import shlex
 import statistics
 import subprocess
 import sys
-import warnings
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -280,7 +279,6 @@ def parse_args(argv=None):
 
 def main(argv=None) -> int:
     """Print the tables; exit code 1 where a row could not be finished."""
-    warnings.filterwarnings("ignore", "Failed to initialize NumPy")
     args = parse_args(argv)
     try:
         base = load_base(args)
