@@ -2,10 +2,9 @@
 
 A record becomes prompt ids + response ids + the end token. Prompt and response are tokenized
 apart: their border is exact, and the training prompt is, byte for byte, the prompt in generation.
-Text never becomes a control token. Checked against transformers' tokenizer and the batches of
-Raschka's book, chapter 7.
+Text never becomes a control token.
 
-    python data.py --data tiny --model tiny
+    python data.py --data tiny
 """
 
 import argparse
@@ -13,9 +12,10 @@ import hashlib
 import json
 import os
 import random
+import re
 import sys
 import warnings
-from dataclasses import dataclass
+from collections import namedtuple
 from pathlib import Path
 
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # by import torch
@@ -39,18 +39,14 @@ def format_prompt(example, template="alpaca") -> str:
     before, input_part, after = TEMPLATES[template]
     return (before + (input_part if example.get("input") else "") + after).format_map(example)
 
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """One, as ids."""
-    ids: list[int]  # of the prompt, the response and, unless cut, the end token
-    n_prompt: int
-
+# An example; ids: of prompt, response and, unless cut, the end token.
+Encoded = namedtuple("Encoded", "ids n_prompt")
 def encode_example(example, tokenizer, template="alpaca", max_length=None) -> Encoded:
     """The first max_length ids; ValueError if none is of the response."""
     return encode_examples([example], tokenizer, template, max_length)[0][0]
 
 def encode_examples(examples, tokenizer, template="alpaca", max_length=None):
-    """(list[Encoded], index of each one's example), without those cut down to their prompt."""
+    """(list[Encoded], index of each one's example), without those cut to their prompt."""
     encoded, kept = [], []
     for i, e in enumerate(examples):
         prompt = tokenizer.encode_ordinary(format_prompt(e, template))
@@ -81,10 +77,9 @@ def collate(encoded, loss_on="response", ignore_index=-100):
 
 def batches(lengths, batch_size, seed, epoch) -> list[list[int]]:
     """Indices in batches of similar length, each once; a function of seed and epoch."""
-    rng = random.Random(f"{seed}/{epoch}")
-    order = rng.sample(range(len(lengths)), len(lengths))
-    order.sort(key=lengths.__getitem__)
-    sizes = [len(order[i:i + batch_size]) for i in range(0, len(order), batch_size)]
+    rng, n = random.Random(f"{seed}/{epoch}"), len(lengths)
+    order = sorted(rng.sample(range(n), n), key=lengths.__getitem__)
+    sizes = [min(batch_size, n - i) for i in range(0, n, batch_size)]
     rng.shuffle(sizes)
     queue = iter(order)
     result = [[next(queue) for _ in range(size)] for size in sizes]
@@ -110,11 +105,12 @@ def to_example(record) -> dict:
     chat = "conversations" if _is_empty(rest.get("messages")) else "messages"
     if not _is_empty(rest.get(chat)):
         rest |= _one_turn(rest.pop(chat))
-    if rest.get("label") is False or 0 in map(rest.get, MARKS):
-        raise ValueError("marked not to be learned (label, weight, ...); remove it")
-    for name in NEEDED:
-        if not _is_empty(rest.get(name)):
-            raise ValueError(f"{name} is not read; write it into the instruction, or remove it")
+    for name, value in rest.items():
+        mark = name.removeprefix("assistant ")
+        if mark in MARKS and value == 0 or mark == "label" and value is False:
+            raise ValueError(f"marked not to be learned ({name}); remove it")
+        if name.rpartition(" ")[2] in NEEDED and not _is_empty(value):
+            raise ValueError(f"{name} is not read; put it into the instruction, or remove it")
     for key, names in READ.items():
         found = {name: rest.pop(name) for name in names if name in rest}
         texts = [text for text in found.values() if not _is_empty(text)]
@@ -136,9 +132,10 @@ def _one_turn(messages):
     fields, roles = {}, []
     for m in map(dict, messages):
         role = str(m.pop("role", m.pop("from", None)))
-        roles.append({"human": "user", "gpt": "assistant"}.get(role, role))
-        fields[f"{roles[-1]} message"] = m.pop("content", m.pop("value", None))
-        fields |= m
+        role = {"human": "user", "gpt": "assistant"}.get(role, role)
+        roles.append(role)
+        fields[f"{role} message"] = m.pop("content", m.pop("value", None))
+        fields |= {f"{role} {key}": value for key, value in m.items()}
     if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
         raise ValueError(f"messages of {', '.join(roles)}; split them into one user, one assistant")
     return fields
@@ -151,7 +148,8 @@ def split_examples(examples, train=0.85, test=0.10, shuffle=None):
     b = a + int(len(examples) * test)
     return examples[:a], examples[b:], examples[a:b]
 
-DATASETS = {  # place on raw.githubusercontent.com, sha256
+GITHUB = "https://raw.githubusercontent.com"
+DATASETS = {  # place, sha256
     "book": ("rasbt/LLMs-from-scratch/main/ch07/01_main-chapter-code/instruction-data.json",
              "7e09a9af353722ca15c18bc580f093f9c39d3178335a75177319cb1e1d163944"),
     "alpaca": ("tatsu-lab/stanford_alpaca/main/alpaca_data.json", None),
@@ -163,22 +161,13 @@ KINDS = {  # how files begin
     b"version https://git-lfs": "a pointer (git lfs pull)", b"": "empty, csv, text or binary",
 }
 
-@dataclass(frozen=True)
-class Parts:
-    """What load_parts gives."""
-    train: list[dict]
-    val: list[dict]
-    test: list[dict]
-    positions: list[int]  # of train in its file, from 0
-    split: str  # "file order", "shuffled" or "folder"
-    sha256: str
-    rows: int
-    notes: list[str]
-
+# positions: of train in its file, from 0; split: "file order", "shuffled" or "folder".
+Parts = namedtuple("Parts", "train val test positions split sha256 rows notes")
 def load_parts(path_or_name, split=None) -> Parts:
     """Read and split. A user's file is shuffled, as it may be sorted by kind, unless split is "file
     order". Errors name file and record (from 1)."""
-    name, files = str(path_or_name), _files(str(path_or_name))
+    name = str(path_or_name)
+    files = _files(name)
     parts, counts = zip(*(_read(path, name == "alpaca") for path in files))
     left_out = sum(counts) - sum(map(len, parts))
     if len(files) > 1:
@@ -193,16 +182,15 @@ def load_parts(path_or_name, split=None) -> Parts:
     unused = {key for e in train for key in e if not _is_empty(e[key])} - USED
     prompts = set(map(format_prompt, train))
     seen = sum(format_prompt(e) in prompts for e in test)
-    notes = {f"{left_out} records have no output and are left out": left_out,
-             f"fields that nothing uses: {', '.join(sorted(unused))}": unused,
-             f"{seen} of {len(test)} test prompts also stand in the training part": seen}
-    notes = [note for note, there in notes.items() if there]
-    sha256 = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    notes = [left_out and f"{left_out} records have no output and are left out",
+             unused and f"fields that nothing uses: {', '.join(sorted(unused))}",
+             seen and f"{seen} of {len(test)} test prompts also stand in the training part"]
+    sha256 = hashlib.sha256(b"".join(map(Path.read_bytes, files))).hexdigest()
     positions = [n for n, _ in parts[0]]
-    return Parts(train, val, test, positions, split, sha256, sum(counts), notes)
+    return Parts(train, val, test, positions, split, sha256, sum(counts), [*filter(None, notes)])
 
 def load_examples(path_or_name) -> list[dict]:
-    """All records in the order of the file; of a folder: train, val, test."""
+    """All records in file order; of a folder: train, val, test."""
     name = str(path_or_name)
     return [e for path in _files(name) for _, e in _read(path, name == "alpaca")[0]]
 
@@ -210,12 +198,12 @@ def _files(name):
     path = TINY / "instructions.json" if name == "tiny" else Path(name)
     if name in DATASETS:
         place, sha256 = DATASETS[name]
-        url = f"{os.environ.get('DATA_ENDPOINT') or 'https://raw.githubusercontent.com'}/{place}"
+        url = f"{GITHUB}/{place}"
         cache = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
         path = cache / f"gpt2-finetune/data/{name}.json"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            if not path.is_file():  # fetched whole or not at all
+            if not path.is_file():  # whole or not at all
                 torch.hub.download_url_to_file(url, path, sha256, progress=False)
         except (OSError, RuntimeError) as error:
             raise FileNotFoundError(f"{url}: {error}; or put it into {path}")
@@ -254,7 +242,7 @@ END = "<|endoftext|>"
 # In GPT-2's files a byte is its own character where that prints, else one from U+0100 on.
 PRINTS = [b for b in range(33, 256) if chr(b).isprintable()]
 OTHERS = [b for b in range(256) if b not in PRINTS]
-CHAR_TO_BYTE = {chr(b): b for b in PRINTS} | {chr(256 + n): b for n, b in enumerate(OTHERS)}
+CHAR_TO_BYTE = {chr(b): b for b in PRINTS} | {chr(256 + i): b for i, b in enumerate(OTHERS)}
 
 def load_tokenizer(name_or_folder) -> tiktoken.Encoding:
     """GPT-2's byte-level BPE by name, or from tokenizer.json, else vocab.json and merges.txt."""
@@ -273,10 +261,13 @@ def load_tokenizer(name_or_folder) -> tiktoken.Encoding:
         usual = kind == ("ByteLevel", True, False) and not spec.get("normalizer")
     else:
         vocab, usual = json.loads((folder / "vocab.json").read_bytes()), True
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+        lines = (folder / "merges.txt").read_text("utf-8").splitlines()
         merges = [line for line in lines if not line.startswith("#version")]
         special = {END: vocab.get(END)}
         others = [path.name for path in folder.glob("added_tokens.json")]
+    for path in folder.glob("tokenizer_config.json"):  # transformers obeys it
+        odd = r'"add_prefix_space": *true|"special": *false'
+        usual &= not re.search(odd, path.read_text("utf-8"))
     tokens = sorted(vocab.keys() - special, key=vocab.get)
     ids = {*map(vocab.get, tokens), *special.values()}
     usual &= tokens[256:] == ["".join(merge).replace(" ", "") for merge in merges]
@@ -284,23 +275,24 @@ def load_tokenizer(name_or_folder) -> tiktoken.Encoding:
     if others or not usual or END not in special:
         raise ValueError(f"{folder}: not like GPT-2's in kind, ids, merges, added tokens {others}")
     ranks = {bytes(map(CHAR_TO_BYTE.get, token)): vocab[token] for token in tokens}
-    return tiktoken.Encoding(str(folder), pat_str=r50k_pat_str, mergeable_ranks=ranks,
-                             special_tokens=special)
+    return tiktoken.Encoding(
+        str(folder), pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
 
 def copy_tokenizer(source, target):
     """Copy the tokenizer's files byte for byte."""
     for path in Path(source).iterdir():
-        if path.name in ("vocab.json", "merges.txt") or "token" in path.name:
-            (Path(target) / path.name).write_bytes(path.read_bytes())
+        named = path.name in ("vocab.json", "merges.txt", "chat_template.jinja")
+        if path.is_file() and (named or "token" in path.name):
+            Path(target, path.name).write_bytes(path.read_bytes())
 
 def main(argv=None) -> int:
     """Show data as the model sees it."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.error = lambda m: parser.exit(2, f"error: {m} (see --help)\n")
-    parser.add_argument("--data", default="tiny", help="file, folder, tiny, book or alpaca")
-    parser.add_argument("--model", default="tiny", help="folder, tiny or gpt2")
-    parser.add_argument("--template", default="alpaca", choices=TEMPLATES)
-    parser.add_argument("--max-length", type=int)
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)
+    flag = parser.add_argument
+    flag("--data", default="tiny", help="file, folder, tiny, book or alpaca")
+    flag("--model", default="tiny", help="folder, tiny or gpt2")
+    flag("--template", default="alpaca", choices=TEMPLATES)
+    flag("--max-length", type=int)
     args = parser.parse_args(argv)
     try:
         parts, tokenizer = load_parts(args.data), load_tokenizer(args.model)

@@ -3,7 +3,7 @@
 The training loop is `train`; `run` is the table of contents. The same seed, data and flags give the
 same weights, interrupted or not.
 
-    python finetune.py                                           # the embedded model and data
+    python finetune.py  # the embedded model and data
     python finetune.py --lora-r 16 --model gpt2 --data my-records.json
     torchrun --nproc_per_node=2 finetune.py --fsdp
 """
@@ -20,6 +20,7 @@ import signal
 import sys
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,31 +29,31 @@ warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # by import tor
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from data import (DATASETS, TEMPLATES, batches, collate, copy_tokenizer, encode_examples,
                   load_parts, marker_note)
-from evaluate import exact_match, generate_responses, load_model, plot_losses, read_records
+from evaluate import exact_match, generate_responses, plot_losses, read_records
 from freeze import ADAPTER, FreezeError, digests, freeze, resolve, schedule, whole
-from gpt import (GPT, PUBLISHED, choose_attention, choose_device, keep_freed_memory, locate,
-                 multiply_with_onednn, read_config, read_json, write_json)
+from gpt import (PUBLISHED, choose_attention, choose_device, keep_freed_memory, load_model, locate,
+                 read_config, read_json, replacing, use_onednn, write_json)
 from lora import add_lora, save_lora
 
-HEAD_ROWS = 1024  # positions whose logits are in memory at one time
-CHECKPOINT_SECONDS = 600  # where --checkpoint-every does not say
-SETTINGS = ("out", "resume", "overwrite", "eval_every", "checkpoint_every", "no_responses",
-            "device", "recompute")  # may differ when a run is resumed
-WRITTEN = ("run.json", "metrics.jsonl", "model", "adapter", "responses.jsonl", "scores.json",
-           "loss.png", "judge-*", "canaries-*", "pairs-*", "checkpoint.*")
-STATE = ("step", "tokens", "seconds", "losses", "val_loss", "proofs", "logged")
+HEAD_ROWS = 1024  # positions whose logits are in memory at once
+CHECKPOINT_SECONDS = 600  # without --checkpoint-every
+SETTINGS = """out resume overwrite eval_every checkpoint_every no_responses device
+    recompute""".split()  # may differ on --resume
+WRITTEN = """run.json metrics.jsonl model adapter responses.jsonl scores.json loss.png
+    judge-* canaries-* pairs-* checkpoint.*""".split()
+STATE = "step tokens seconds losses val_loss proofs logged".split()
 say = partial(print, flush=True)
 
 @dataclass(frozen=True)
 class Machine:
-    """What a run computes on, and which of its processes this is."""
+    """Where this process computes, and which it is."""
     device: torch.device
-    dtype: torch.dtype = torch.float32  # of products; weights are float32
+    dtype: torch.dtype  # of products; weights are float32
     rank: int = 0
     world: int = 1
 
@@ -61,14 +62,14 @@ class Machine:
 
 @dataclass
 class Job:
-    """One run: from what it learns, how, on what, where to, and how far it is."""
+    """One run: what it learns, how, on what, where to, and how far it is."""
     out: Path
     record: dict  # the head of run.json
     recipe: argparse.Namespace  # its flags
     machine: Machine
     train: list  # of Encoded
     val: list
-    positions: list[int]  # of the training examples in their file
+    positions: list[int]  # of train in its file
     order: list[tuple[int, list[int]]]  # of every step: epoch, indices into train
     spans: list[tuple[int, str]]  # (first step, policy)
     prefix: tuple[int, dict] | None = None  # a block, and what enters it
@@ -79,17 +80,17 @@ class Job:
     val_loss: float = math.nan
     proofs: list[dict] = field(default_factory=list)  # of finished spans
     logged: int = 0  # bytes of metrics.jsonl
-    saved: float = field(default_factory=time.monotonic)  # when, to a checkpoint
+    saved: float = field(default_factory=time.monotonic)  # the last checkpoint
 
-def n_targets(batch, loss_on: str) -> int:
+def n_targets(batch, loss_on):
     """Supervised tokens."""
     return sum(len(e.ids) - (e.n_prompt if loss_on == "response" else 1) for e in batch)
 
-def loss_sum(model, batch, loss_on: str, machine, prefix=None) -> Tensor:
-    """Cross-entropy in nats, summed over the supervised tokens. The head is applied to these alone,
-    in parts: all logits would be the largest tensor of a step."""
-    inputs, targets = collate(batch, loss_on)  # (B, T) each
-    wanted = (targets.flatten() != -100).nonzero()[:, 0]  # (N,), on the CPU: no GPU waits
+def loss_sum(model, batch, loss_on, machine, prefix=None):
+    """Cross-entropy in nats, summed over the supervised tokens. The head sees these alone, in
+    parts: all logits would be the largest tensor of a step."""
+    inputs, targets = collate(batch, loss_on)  # (B, T)
+    wanted = (targets.flatten() != -100).nonzero()[:, 0]  # (N,); on the CPU no GPU waits
     choose_attention(machine.device, machine.dtype, inputs.shape[1])
     with machine.autocast():
         if prefix:
@@ -106,25 +107,25 @@ def loss_sum(model, batch, loss_on: str, machine, prefix=None) -> Tensor:
         parts = zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS))
         return sum(checkpoint(loss, h, t, use_reentrant=False) for h, t in parts)
 
-def chunks(encoded, size: int) -> list[list]:
+def chunks(encoded, size):
     """Sorted by length."""
     order = sorted(encoded, key=lambda e: len(e.ids))
     return [order[i:i + size] for i in range(0, len(order), size)]
 
 @torch.no_grad()
-def mean_loss(model, job) -> float:
-    """Loss per supervised token of the validation part, in every process."""
+def mean_loss(model, job):
+    """Loss per supervised token of the validation part."""
     model.eval()
     total = sum(float(loss_sum(model, chunk, job.recipe.loss_on, job.machine, job.prefix))
                 for chunk in chunks(job.val, job.recipe.batch_size))
     if hasattr(model, "reshard"):
-        model.reshard()  # its outermost tensors are whole after a forward pass
+        model.reshard()  # the outermost are whole after forward
     return total / n_targets(job.val, job.recipe.loss_on)
 
 @torch.no_grad()
-def cache_prefix(model, last: int, job) -> dict:
+def cache_prefix(model, last, job):
     """What the frozen blocks below `last` give for each example, (T, C): computed once (AutoFreeze,
-    arXiv 2102.01386), in fixed groups, on which its last bits depend."""
+    arXiv 2102.01386), in fixed groups, as its last bits depend on them."""
     model.eval()
     cached = {}
     for chunk in chunks(job.train + job.val, job.recipe.batch_size):
@@ -134,22 +135,22 @@ def cache_prefix(model, last: int, job) -> dict:
         cached |= {id(e): row[:len(e.ids) - 1].clone() for e, row in zip(chunk, x)}
     return cached
 
-def rate_at(step: int, total: int, warmup: float, schedule: str) -> float:
+def rate_at(step, total, warmup, schedule):
     """Share of the peak rate at a step from 0, never zero."""
     warmup = round(warmup if warmup >= 1 else warmup * total)
     if step < warmup:
         return (step + 1) / (warmup + 1)
-    done = (step - warmup) / max(1, total - warmup)
-    falling = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
-    return falling[schedule]
+    done = (step - warmup) / (total - warmup)
+    rates = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+    return rates[schedule]
 
-def block_of(name: str, n_layer: int) -> int:
+def block_of(name, n_layer):
     """A parameter's block; -1 for the embeddings, n_layer above the blocks."""
     if name.startswith("h."):
         return int(name.split(".")[1])
     return -1 if name.startswith(("wte.", "wpe.")) else n_layer
 
-def build_optimizer(model, plan, recipe, before=None) -> torch.optim.AdamW:
+def build_optimizer(model, plan, recipe, before):
     """AdamW over plan.parameters(), with the moments that `before` has of them."""
     mixed = len({bool(ADAPTER.search(name)) for name in plan.trainable}) == 2
     groups, n = {}, model.config.n_layer
@@ -158,15 +159,15 @@ def build_optimizer(model, plan, recipe, before=None) -> torch.optim.AdamW:
             rate = recipe.lr * recipe.lr_decay ** max(0, n - 1 - block_of(name, n))
             rate *= 10 if mixed and ADAPTER.search(name) else 1  # as adapters beside weights want
             groups.setdefault((rate, recipe.weight_decay if p.dim() > 1 else 0.0), []).append(p)
-    optimizer = torch.optim.AdamW([{"params": ps, "lr": rate, "peak": rate, "weight_decay": decay}
+    optimizer = torch.optim.AdamW([{"params": ps, "peak": rate, "weight_decay": decay}
                                    for (rate, decay), ps in groups.items()], fused=True)
-    goes_on = [p for p in plan.parameters() if before and p in before.state]
-    optimizer.state.update({p: before.state[p] for p in goes_on})
+    known = before.state if before else {}
+    optimizer.state.update({p: known[p] for p in plan.parameters() if p in known})
     return optimizer
 
-def train(model, plan, optimizer, first: int, end: int, job, noted) -> bool:
-    """The training loop: what is left of the steps `first` to `end` - 1. False if a signal, which
-    is `noted`, ended it with a checkpoint."""
+def train(model, plan, optimizer, first, end, job, noted):
+    """The training loop: what is left of steps `first` to `end` - 1. A signal that is `noted`
+    ends it with a checkpoint and InterruptedError."""
     machine, recipe = job.machine, job.recipe
     total, parameters = len(job.order), plan.parameters()
     for step in range(job.step, end):
@@ -181,13 +182,13 @@ def train(model, plan, optimizer, first: int, end: int, job, noted) -> bool:
         for i in range(0, math.ceil(len(batch) / machine.world), recipe.batch_size):
             part = share[i:i + recipe.batch_size]  # may be empty: every process goes as often
             part_loss = loss_sum(model, part or batch[:1], recipe.loss_on, machine, job.prefix)
-            part_loss = part_loss * (len(part) > 0) / n
+            part_loss = part_loss * bool(part) / n
             part_loss.backward()
             loss += part_loss.item()
         late = time.monotonic() - job.saved > CHECKPOINT_SECONDS
         sums = torch.tensor([loss, len(noted), late], device=machine.device)
         for tensor in [sums, *(p.grad for p in parameters)] if machine.world > 1 else []:
-            if not hasattr(tensor, "full_tensor"):  # those of FSDP are sums already
+            if not hasattr(tensor, "full_tensor"):  # FSDP's are sums already
                 dist.all_reduce(tensor)
         loss, stop, late = sums.tolist()
 
@@ -208,41 +209,36 @@ def train(model, plan, optimizer, first: int, end: int, job, noted) -> bool:
         job.tokens += sum(len(e.ids) for e in batch)
         job.seconds += time.perf_counter() - began
         job.losses = (job.losses + [loss])[-recipe.eval_every:]
-        last = job.step == total
-        validated = last or job.step % recipe.eval_every == 0
+        validated = job.step == total or job.step % recipe.eval_every == 0
         if validated:
             job.val_loss = mean_loss(model, job)
             if not math.isfinite(job.val_loss):
                 raise ArithmeticError(f"step {step + 1}: val loss {job.val_loss}; lower --lr")
         log(job, epoch + 1, loss, rate, norm, indices, validated)
         due = job.step % recipe.checkpoint_every == 0 if recipe.checkpoint_every else late
-        if stop or due and not last:
+        if stop or due and job.step < total:
             plan.check_model(model)
             plan.check_unchanged(model, trained=False)
             save_checkpoint(job, model, plan, optimizer)
             job.saved = time.monotonic()
         if stop:
-            return False
-    return True
+            raise InterruptedError
 
-def train_in_spans(model, job, saved: dict | None, noted) -> bool:
-    """Train each span under a plan of its own, proved on its own. A resumed run goes on from what
-    its checkpoint `saved`. False as in `train`."""
+def train_in_spans(model, job, saved, noted):
+    """Train and prove each span under its own plan; the first goes on from checkpoint `saved`."""
     optimizer, ends = None, [first for first, _ in job.spans[1:]] + [len(job.order)]
-    for i in range(len(job.proofs), len(job.spans)):
-        (first, policy), end = job.spans[i], ends[i]
+    for (first, policy), end in list(zip(job.spans, ends))[len(job.proofs):]:
         plan = freeze(model, policy)
         optimizer = build_optimizer(model, plan, job.recipe, optimizer)
         if saved:
             put_back(saved, model, plan, optimizer)
-            saved = None
-        if i == 0:
+        saved = None
+        if first == 0:
             say(f"freeze   {plan.summary()}")
         plan.set_modes(model.train())
         plan.check_model(model)
         plan.check_optimizer(optimizer)
-        if not train(model, plan, optimizer, first, end, job, noted):
-            return False
+        train(model, plan, optimizer, first, end, job, noted)
         plan.check_model(model)
         plan.check_optimizer(optimizer)
         plan.check_unchanged(model, trained=end - first >= 2)
@@ -250,10 +246,9 @@ def train_in_spans(model, job, saved: dict | None, noted) -> bool:
                            "frozen": plan.frozen, "fingerprint": plan.fingerprint,
                            "trainable_parameters": sum(p.numel() for p in plan.parameters()),
                            "checks": dict(plan.checks)})
-    return True
 
-def log(job, epoch: int, loss: float, rate: float, norm: float, indices, validated) -> None:
-    """A line of metrics.jsonl, and the line that the user watches."""
+def log(job, epoch, loss, rate, norm, indices, validated):
+    """A line for metrics.jsonl, and one for the user."""
     left = len(job.order) - job.step
     line = {"step": job.step, "epoch": epoch, "train_loss": loss,
             "val_loss": job.val_loss if validated else None, "lr": job.recipe.lr * rate,
@@ -265,38 +260,37 @@ def log(job, epoch: int, loss: float, rate: float, norm: float, indices, validat
             job.logged = file.tell()
     text = (f"step {job.step}/{len(job.order)}: loss {loss:.3f}, val {job.val_loss:.3f}, "
             f"{job.tokens / job.seconds:,.0f} tokens/s, ETA {job.seconds / job.step * left:.0f} s")
-    if sys.stdout.isatty():  # one line that is updated
+    if sys.stdout.isatty():  # one line, updated
         width = shutil.get_terminal_size().columns - 1
         say("\r" + text[:width].ljust(width), end="\n" * validated)
     elif validated:
         say(text)
 
-def save_checkpoint(job, model, plan, optimizer) -> None:
+def save_checkpoint(job, model, plan, optimizer):
     """Write what has trained to checkpoint.pt, whole or not at all, its sha256 at the end; the one
-    before becomes checkpoint.prev.pt. All processes call this."""
+    before becomes checkpoint.prev.pt. Every process calls this."""
     trained = set(plan.trainable).union(*(proof["trainable"] for proof in job.proofs))
     named = {name: p for name, p in model.named_parameters() if name in trained}
     gather = lambda tensors: {key: whole(t.detach()).cpu() for key, t in tensors.items()}
-    content = {"record": job.record, "state": {key: getattr(job, key) for key in STATE},
+    content = {"record": job.record, "state": {key: vars(job)[key] for key in STATE},
                "proof": plan.proof, "weights": gather(named),
                "moments": {name: gather(optimizer.state.get(p, {})) for name, p in named.items()}}
     if job.machine.rank > 0:
         return
-    path, temp = job.out / "checkpoint.pt", job.out / "checkpoint.tmp"
-    torch.save(content, temp)
-    with open(temp, "r+b") as file:
-        digest = hashlib.sha256(mmap.mmap(file.fileno(), 0)).digest()
-        file.seek(0, os.SEEK_END)
-        file.write(digest)  # torch.load does not mind what follows
+    path = job.out / "checkpoint.pt"
+    with replacing(path) as file:
+        torch.save(content, file)
+        file.flush()
+        file.write(hashlib.sha256(mmap.mmap(file.fileno(), 0)).digest())  # ignored by torch.load
+        file.flush()
         os.fsync(file.fileno())
-    if path.exists():
-        path.replace(job.out / "checkpoint.prev.pt")
-    temp.replace(path)
+        if path.exists():
+            path.replace(job.out / "checkpoint.prev.pt")
 
-def load_checkpoint(job, model) -> dict:
-    """Put weights and state of the newest intact checkpoint in place; returns all of it."""
-    for path in (job.out / "checkpoint.pt", job.out / "checkpoint.prev.pt"):
-        content = path.read_bytes() if path.exists() else b""
+def load_checkpoint(job, model):
+    """Restore weights and state of the newest intact checkpoint; returns it."""
+    for path in filter(Path.exists, (job.out / "checkpoint.pt", job.out / "checkpoint.prev.pt")):
+        content = path.read_bytes()
         if hashlib.sha256(memoryview(content)[:-32]).digest() == content[-32:]:
             saved = torch.load(path, map_location="cpu", weights_only=True)
             refuse_another_run(saved["record"], job)
@@ -304,33 +298,32 @@ def load_checkpoint(job, model) -> dict:
             vars(job).update(saved["state"])
             os.truncate(job.out / "metrics.jsonl", job.logged)  # later steps are taken again
             return saved
-        if path.exists():
-            say(f"note     {path} is damaged and passed over")
-            path.unlink(missing_ok=True)  # lest it take the place of the one before
+        say(f"note     {path} is damaged and passed over")
+        path.unlink(missing_ok=True)  # lest it take the place of the one before
     raise FileNotFoundError(f"--resume: no intact checkpoint in {job.out}; start anew: --overwrite")
 
-def put_back(saved: dict, model, plan, optimizer) -> None:
+def put_back(saved, model, plan, optimizer):
     """Go on with a checkpoint's moments and proof."""
     from torch.distributed.tensor import distribute_tensor
     for name, p in model.named_parameters():
-        for key, value in saved["moments"].get(name, {}).items() if p.requires_grad else ():
+        for key, value in saved["moments"].get(name, {}).items():
             value = value.to(p.device)
             if hasattr(p, "full_tensor") and value.dim():  # sharded as p is
                 value = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
             optimizer.state[p][key] = value
     plan.resume(model, saved["proof"])
 
-def refuse_another_run(then: dict, job) -> None:
+def refuse_another_run(then, job):
     """ValueError unless a run.json or its head describes this run."""
     then, now = ({**r["flags"], "data": r["data"]["sha256"], "weights": r["weights"]}
                  for r in (then, job.record))
-    for key in sorted((then | now).keys() - set(SETTINGS)):
-        if then.get(key) != now.get(key):
-            raise ValueError(f"--resume: {job.out} is another run: {key} was {then.get(key)}, "
-                             f"is {now.get(key)}")
+    for key in sorted((then | now).keys() - SETTINGS):
+        was, here = then.get(key), now.get(key)
+        if was != here:
+            raise ValueError(f"--resume: {job.out} is another run: {key} was {was}, is {here}")
 
-def join_processes(device: str, dtype: str) -> Machine:
-    """This process among those of torchrun, or alone. Only the first one prints."""
+def join_processes(device, dtype) -> Machine:
+    """This process among those of torchrun, or alone. Only the first prints."""
     place, world = choose_device(device), int(os.environ.get("WORLD_SIZE", 1))
     cuda = place.type == "cuda"
     fast = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -344,77 +337,79 @@ def join_processes(device: str, dtype: str) -> Machine:
         sys.stdout = open(os.devnull, "w")
     return Machine(place, chosen, dist.get_rank(), world)
 
-def shard(model, machine) -> None:
-    """Leave each process a part of every tensor; a block is put together while it runs."""
-    from torch.distributed.device_mesh import init_device_mesh
+def shard(model, machine):
+    """Leave each process a part of every tensor; a block is whole while it runs."""
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-    mesh = init_device_mesh(machine.device.type, (machine.world,))
+    mesh = dist.init_device_mesh(machine.device.type, (machine.world,))
     for module in (*model.h, model):
         fully_shard(module, mesh=mesh)
         module.set_gradient_divide_factor(1.0)  # a sum, not a mean
         module.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(model, "features")
 
-def fill_in(flags: dict, model, machine) -> dict:
-    """The flags with the defaults that depend on the model, and with paths that stay valid."""
-    sizes = {name: p.numel() for name, p in model.named_parameters()}
-    small = sum(n for name, n in sizes.items() if not ADAPTER.search(name)) < 10_000_000
-    policy = flags["trainable"] or ("lora" if any(map(ADAPTER.search, sizes)) else "all")
-    rank = f"r{flags['lora_r']}" if flags["lora_r"] else ""
-    data = "" if flags["data"] == "tiny" else Path(flags["data"]).stem
+def fill_in(flags, model, machine):
+    """The flags, with defaults that depend on the model and paths that stay valid."""
+    named = dict(model.named_parameters())
+    small = sum(p.numel() for name, p in named.items() if not ADAPTER.search(name)) < 10_000_000
+    policy = flags["trainable"] or ("lora" if any(map(ADAPTER.search, named)) else "all")
+    adapters = all("lora" in term for term in policy.split(","))
+    rank = flags["lora_r"] and f"r{flags['lora_r']}"
+    data = flags["data"] != "tiny" and Path(flags["data"]).stem
     names = [Path(flags["model"]).name, policy, rank, data]
     chosen = {"trainable": policy, "epochs": 3 if small else 2, "batch_size": 16 if small else 8,
-              "lr": (3e-4 if small else 5e-5) * (10 if policy == "lora" else 1),
+              "lr": (3e-4 if small else 5e-5) * (10 if adapters else 1),
               "max_length": model.config.block_size,
               "out": "runs/" + re.sub(r"[^\w.,-]+", "_", "-".join(filter(None, names)))}
     flags = flags | {key: value for key, value in chosen.items() if flags[key] is None}
-    for key, known in (("model", ("tiny", *PUBLISHED)), ("data", ("tiny", *DATASETS))):
-        flags[key] = flags[key] if flags[key] in known else str(Path(flags[key]).absolute())
+    for key, known in (("model", PUBLISHED), ("data", DATASETS)):
+        if flags[key] not in ("tiny", *known):
+            flags[key] = str(Path(flags[key]).resolve())
     return flags | {"dtype": str(machine.dtype).partition(".")[2], "processes": machine.world}
 
-def prepare(flags: dict, parts, model, tokenizer, machine) -> Job:
+def prepare(flags, parts, model, tokenizer, machine) -> Job:
     """The run's examples, the order of its steps, its spans."""
     recipe = argparse.Namespace(**flags)
     if recipe.max_length > model.config.block_size:
-        raise ValueError(f"--max-length: the model takes {model.config.block_size} tokens at most")
+        raise ValueError(f"--max-length: at most {model.config.block_size}")
     records, how = parts.train[:recipe.max_examples], (recipe.template, recipe.max_length)
     train_set, kept = encode_examples(records, tokenizer, *how)
     val_set, _ = encode_examples(parts.val, tokenizer, *how)
-    dropped = len(records) + len(parts.val) - len(train_set) - len(val_set)
+    dropped = len(records + parts.val) - len(train_set + val_set)
     cut = sum(e.ids[-1] != tokenizer.eot_token for e in train_set + val_set)
-    lost = f"within {how[1]} tokens {dropped} records have no answer (dropped), {cut} are cut"
+    lost = f"at --max-length {how[1]} {dropped} records lose their answer, {cut} are cut"
     notes = [*parts.notes, marker_note(tokenizer, recipe.template), (dropped or cut) and lost]
     for note in filter(None, notes):
         say(f"note     {note}")
-    account = {"name": flags["data"], "sha256": parts.sha256, "split": parts.split,
-               "rows": parts.rows, "used": len(train_set), "dropped": dropped, "truncated": cut}
+    data = {"name": recipe.data, "sha256": parts.sha256, "split": parts.split,
+            "rows": parts.rows, "used": len(train_set), "dropped": dropped, "truncated": cut}
+    lengths = [len(e.ids) for e in train_set]
     per_step = recipe.batch_size * recipe.grad_accum * machine.world
-    epochs = [batches([len(e.ids) for e in train_set], per_step, recipe.seed, epoch)
-              for epoch in range(recipe.epochs)]
+    epochs = [batches(lengths, per_step, recipe.seed, i) for i in range(recipe.epochs)]
     order = [(i, step) for i, steps in enumerate(epochs) for step in steps][:recipe.max_steps]
     recipe.eval_every = recipe.eval_every or max(1, len(order) // 10)
     spans = schedule(recipe.trainable, model.config.n_layer, len(order), len(epochs[0]),
                      recipe.seed)
     weights = repr(digests(dict(model.named_parameters()))).encode()
-    record = {"flags": flags, "data": account, "weights": hashlib.sha256(weights).hexdigest(),
+    record = {"flags": flags, "data": data, "weights": hashlib.sha256(weights).hexdigest(),
               "versions": {"python": sys.version.split()[0], "torch": str(torch.__version__)}}
-    return Job(Path(flags["out"]), record, recipe, machine, train_set, val_set,
+    return Job(Path(recipe.out), record, recipe, machine, train_set, val_set,
                [parts.positions[i] for i in kept], order, spans)
 
-def lowest_trained(model, job) -> int:
-    """The lowest block that trains in any span; ValueError for a flag that has no effect then."""
-    names = set().union(*(resolve(model, policy) for policy in {p for _, p in job.spans}))
+def lowest_trained(model, job):
+    """The lowest block that trains in any span; ValueError for a flag without effect."""
+    recipe, names = job.recipe, set()
+    for policy in {policy for _, policy in job.spans}:
+        names |= resolve(model, policy)
     layer = max(0, min(block_of(name, model.config.n_layer) for name in names))
-    for flag, idle in (("lora-r", job.recipe.lora_r and not any(map(ADAPTER.search, names))),
-                       ("cache-prefix", job.recipe.cache_prefix and layer == 0),
-                       ("fsdp", job.recipe.fsdp and len(job.spans) > 1)):
-        if idle:
-            raise ValueError(f"--{flag} does not go with --trainable {job.recipe.trainable}")
+    idle = {"lora-r": recipe.lora_r and not any(map(ADAPTER.search, names)),
+            "cache-prefix": recipe.cache_prefix and layer == 0,
+            "fsdp": recipe.fsdp and len(job.spans) > 1}
+    for flag in filter(idle.get, idle):
+        raise ValueError(f"--{flag} does not go with --trainable {recipe.trainable}")
     return layer
 
-def claim(out: Path, resume: bool, overwrite: bool, sources: list, machine) -> None:
-    """Make the run folder, without what an earlier run wrote unless that is resumed. OSError where
-    it holds anything else."""
+def claim(out, resume, overwrite, sources, machine):
+    """Make the folder, emptied of a run that is not resumed; OSError if it holds anything else."""
     held = (out / "metrics.jsonl").exists() or (out / "run.json").exists()
     if resume and not held:
         raise FileNotFoundError(f"--resume: no run in {out}")
@@ -430,14 +425,14 @@ def claim(out: Path, resume: bool, overwrite: bool, sources: list, machine) -> N
         for path in [path for name in WRITTEN for path in out.glob(name)]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-def run(args) -> int:
+def run(args):
     """Load, freeze, prove, train, prove again, save, answer; returns the exit code."""
     machine = join_processes(args.device, args.dtype)
     if args.fsdp and machine.world == 1:
-        raise ValueError("--fsdp: there is one process; torchrun starts several")
+        raise ValueError("--fsdp: one process; torchrun starts several")
     (folder, adapter), parts = locate(args.model), load_parts(args.data)
     if args.untie_head and not read_config(folder).tie_word_embeddings:
-        raise ValueError("--untie-head: this model's head is not tied")
+        raise ValueError("--untie-head: the head is not tied")
     tie = False if args.untie_head else None
     model, tokenizer = load_model(args.model, "cpu", args.dropout, tie)
     torch.manual_seed(args.seed)
@@ -449,7 +444,7 @@ def run(args) -> int:
     claim(out, args.resume, args.overwrite, [folder, adapter], machine)
     if args.resume and (out / "run.json").exists():
         refuse_another_run(read_json(out / "run.json"), job)
-        say(f"{out}: the run is complete; evaluate.py {out} scores it")
+        say(f"the run is complete; evaluate.py {out} scores it")
         return 0
     saved = load_checkpoint(job, model) if args.resume else None
     say(f"data     {args.data}: {parts.rows} records ({parts.split}); {len(job.train)} train, "
@@ -468,26 +463,26 @@ def run(args) -> int:
         job.prefix = layer, cache_prefix(model, layer, job)
     noted = []  # signals: the step at hand is finished first
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: noted.append(number))
+        signal.signal(number, lambda number, _: noted.append(number))
     try:
-        finished = train_in_spans(model, job, saved, noted)
+        train_in_spans(model, job, saved, noted)
+    except InterruptedError:
+        say(f"\nstopped after step {job.step}; the same command with --resume goes on")
+        return 128 + (noted or [signal.SIGTERM])[0]
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if not finished:
-        say(f"\nstopped after step {job.step}; the same command with --resume goes on")
-        return 128 + (noted or [signal.SIGTERM])[0]
     for module in (*model.h, model) if args.fsdp else ():
         module.set_reshard_after_forward(False)
-        module.unshard()  # put together again, in every process
+        module.unshard()  # whole again, in every process
     if machine.world > 1:
         dist.barrier()
     if machine.rank == 0:
-        finish(job, model, folder, tokenizer, [] if args.no_responses else parts.test)
-    return 0
+        finish(job, model, folder, tokenizer, [] if args.no_responses or noted else parts.test)
+    return 128 + noted[0] if noted else 0
 
-def finish(job, model, folder: Path, tokenizer, test: list) -> None:
-    """Save what was trained and run.json, then answer the test records."""
+def finish(job, model, folder, tokenizer, test):
+    """Save the model and run.json, then answer the test records."""
     out, base, memory = job.out, folder, 0
     if job.machine.device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(job.machine.device)
@@ -506,16 +501,16 @@ def finish(job, model, folder: Path, tokenizer, test: list) -> None:
         base = out / "model"
         model.save_pretrained(base, base_only=True, eos_id=tokenizer.eot_token)
         copy_tokenizer(folder, base)
-    if any(ADAPTER.search(name) for name, _ in model.named_parameters()):
-        save_lora(model, out / "adapter", base=str(base.resolve()))
+    if any(map(ADAPTER.search, dict(model.named_parameters()))):
+        save_lora(model, out / "adapter", base=base)
     write_json(out / "run.json", record)
     for path in out.glob("checkpoint.*"):
         path.unlink()
-    plot_losses(read_records(out / "metrics.jsonl"), out / "loss.png")
-    checks = sum(sum(proof["checks"].values()) for proof in job.proofs)
+    with suppress(ImportError):  # without matplotlib
+        plot_losses(read_records(out / "metrics.jsonl"), out / "loss.png")
     say(f"trained  {job.step} steps in {job.seconds:.0f} s, val loss {job.val_loss:.3f}, "
         f"{memory / 2**30:.2f} GiB\nproved   {len(job.proofs[-1]['frozen'])} frozen tensors are "
-        f"bit-identical, {len(trained)} have trained; {checks} checks passed")
+        f"bit-identical, {len(trained)} have trained")
     if test:
         answers = generate_responses(model, tokenizer, test, job.recipe.template, limit,
                                      out / "responses.jsonl")
@@ -526,10 +521,9 @@ def finish(job, model, folder: Path, tokenizer, test: list) -> None:
     say(f"saved    {out}")
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        epilog="auto: lr 3e-4, 3 epochs, batches of 16; from 10 M parameters on lr 5e-5, 2 epochs, "
-        "batches of 8. Adapters learn ten times as fast as full weights.")
-    parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, epilog=
+        "auto: lr 3e-4, 3 epochs, batches of 16; from 10 M parameters on: 5e-5, 2, 8. "
+        "Adapters alone: tenfold lr; beside weights, ten times theirs.")
     group, switch = parser.add_argument_group, {"action": "store_true"}
     add = group("what").add_argument
     add("--model", default="tiny", help="a model, a run, tiny, gpt2, gpt2-medium, ...")
@@ -537,34 +531,34 @@ def parse_args(argv=None):
     add("--out", help="run folder (runs/MODEL-POLICY)")
     add = group("which weights").add_argument
     add("--trainable", help="policy: all, last_block, lora,norms, ... (all)")
-    add("--lora-r", type=int, help="rank of the adapters to add")
+    add("--lora-r", type=int, help="rank of adapters to add")
     add("--lora-alpha", type=float, help="scale times rank (2 r)")
-    add("--lora-targets", default="c_attn,c_proj,c_fc", help="suffixes (c_attn,c_proj,c_fc)")
+    add("--lora-targets", default="c_attn,c_proj,c_fc", help="suffixes (%(default)s)")
     add("--lora-dropout", type=float, default=0.0, help="on the adapters' input (0)")
-    add("--rslora", **switch, help="scale by alpha / sqrt(r), not alpha / r")
+    add("--rslora", **switch, help="scale by alpha / sqrt(r)")
     add("--untie-head", **switch, help="give the head a copy of the embedding")
     add = group("data").add_argument
-    add("--template", choices=list(TEMPLATES), default="alpaca", help="of prompts (alpaca)")
+    add("--template", choices=TEMPLATES, default="alpaca", help="of prompts (alpaca)")
     add("--loss-on", choices=["response", "all"], default="response", help="(response)")
     add("--max-length", type=int, help="tokens of an example (all that fit)")
-    add("--max-examples", type=int, help="train on the first so many records")
+    add("--max-examples", type=int, help="train on the first so many")
     add = group("optimization").add_argument
     add("--epochs", type=int, help="passes over the training part (auto)")
-    add("--batch-size", type=int, help="examples in a micro-batch (auto)")
+    add("--batch-size", type=int, help="of a micro-batch (auto)")
     add("--grad-accum", type=int, default=1, help="micro-batches in a step (1)")
     add("--lr", type=float, help="peak learning rate (auto)")
-    add("--lr-decay", type=float, default=1.0, help="factor for each block below the last (1)")
+    add("--lr-decay", type=float, default=1.0, help="factor per block below the last (1)")
     add("--dropout", type=float, default=0.0, help="in the model (0)")
     add("--weight-decay", type=float, default=0.1, help="of matrices (0.1)")
     add("--warmup", type=float, default=0.05, help="steps, or below 1 a share of them (0.05)")
     add("--schedule", choices=["linear", "cosine", "constant"], default="linear", help="(linear)")
-    add("--clip", type=float, default=1.0, help="largest gradient norm; 0: do not clip (1)")
+    add("--clip", type=float, default=1.0, help="largest gradient norm; 0: no limit (1)")
     add("--seed", type=int, default=123, help="of order, adapters and dropout (123)")
-    add("--max-steps", type=int, help="stop after so many steps")
+    add("--max-steps", type=int, help="stop after so many")
     add = group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="of matrix products")
-    add("--compile", **switch, help="the blocks: slow to start, then faster")
+    add("--compile", **switch, help="the blocks: slow start, then faster")
     add("--cache-prefix", **switch, help="run the frozen lower blocks once")
     add("--recompute", **switch, help="activations in backward: less memory")
     add("--fsdp", **switch, help="with torchrun: shard the model")
@@ -573,7 +567,7 @@ def parse_args(argv=None):
     add("--checkpoint-every", type=int, help="steps (ten minutes)")
     add("--resume", **switch, help="go on from the checkpoint")
     add("--overwrite", **switch, help="replace the run in --out")
-    add("--no-responses", **switch, help="do not answer the test prompts")
+    add("--no-responses", **switch, help="skip the test prompts")
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
         flag, zero = "--" + name.replace("_", "-"), re.search("drop|weight|warm|clip|seed", name)
@@ -590,16 +584,14 @@ def main(argv=None) -> int:
     keep_freed_memory()
     try:
         if not args.compile:  # the compiler insists on the setting's old name
-            multiply_with_onednn()
+            use_onednn()
         return run(args)
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 130
     except (ValueError, OSError, ArithmeticError, FreezeError, torch.OutOfMemoryError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print("error:", *str(error).split(), file=sys.stderr)
         return 1
-    finally:
-        torch.backends.cuda.enable_flash_sdp(True)  # the default
 
 if __name__ == "__main__":
     sys.exit(main())

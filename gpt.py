@@ -1,7 +1,6 @@
 """GPT-2 in plain PyTorch: the model, generation with a KV cache, and its checkpoint folder.
 
-Shapes: B rows of T tokens (S with those before), C channels in H heads of D, V ids. Weights lie as
-in nn.Linear, [out, in]. Checked against transformers, torch.nn and safetensors.
+Shapes: B rows, T tokens (S with those before), C channels, H heads of D, V ids; weights [out, in].
 
     python gpt.py --model tiny --prompt "The capital of France is"
 """
@@ -13,11 +12,11 @@ import json
 import os
 import re
 import sys
-import urllib.request
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib import request
 
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # by import torch
 
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 class GPTConfig:
     """Sizes of a GPT-2; by default the 124 M model's."""
     vocab_size: int = 50257
-    block_size: int = 1024  # longest sequence: positions are learned
+    block_size: int = 1024  # positions are learned
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
@@ -38,36 +37,36 @@ class GPTConfig:
     tie_word_embeddings: bool = True  # the head is the token embedding
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention: a token sees itself and what came before."""
+    """Multi-head attention: a token sees itself and those before."""
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.dropout = config.n_head, config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key, value in one
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        C, self.n_head, self.dropout = config.n_embd, config.n_head, config.dropout
+        self.c_attn = nn.Linear(C, 3 * C)  # query, key, value in one
+        self.c_proj = nn.Linear(C, C)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, cache=None):
-        B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        qkv = self.c_attn(x).unflatten(-1, (3, self.n_head, -1))  # (B, T, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
         k, v, mask = cache.append(self, k, v) if cache else (k, v, None)  # (B, H, S, D) twice
-        dropout = self.dropout if self.training else 0.0
+        dropout = self.dropout * self.training
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
 
 class MLP(nn.Module):
     """Four times wider, GELU in its tanh form, and back."""
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        C = config.n_embd
+        self.c_fc = nn.Linear(C, 4 * C)
+        self.c_proj = nn.Linear(4 * C, C)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
         return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
 
 class Block(nn.Module):
-    """Attention, then the MLP; each normalizes its input and adds to the stream."""
+    """Attention, then the MLP, each on its normalized input."""
     def __init__(self, config):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
@@ -147,11 +146,11 @@ class GPT(nn.Module):
                 tensors[key] = p.t() if name.endswith(CONV1D) else p
             elif not base_only:
                 raise ValueError(f"{name} belongs to an adapter: merge it first")
-        write_safetensors(Path(folder, "model.safetensors"), tensors)
+        write_safetensors(f"{folder}/model.safetensors", tensors)
         eos_id = config.vocab_size - 1 if eos_id is None else eos_id
-        write_json(Path(folder, "config.json"), {
-            "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "bos_token_id": eos_id,
-            "eos_token_id": eos_id, "n_positions": config.block_size, **vars(config)})
+        write_json(f"{folder}/config.json", {
+            "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "eos_token_id": eos_id,
+            "n_positions": config.block_size, **vars(config)})
 
 class KVCache:
     """Keys, values and positions (B, S) of the tokens so far; rows may differ in length."""
@@ -175,11 +174,11 @@ class KVCache:
         if layer not in self.stored:
             self.stored[layer] = k.new_empty(2, B, H, self.max_length, D)
         keys, values = self.stored[layer][:, :, :, :S]
-        keys[:, :, S - T:], values[:, :, S - T:] = k, v
+        keys[:, :, -T:], values[:, :, -T:] = k, v
         return keys, values, self.mask
 
     def select(self, rows: list[int]):
-        """Go on with these rows; one may come several times."""
+        """Keep these rows; one may come several times."""
         self.length, self.positions = self.length[rows], self.positions[rows]
         self.stored = {layer: kv[:, rows] for layer, kv in self.stored.items()}
 
@@ -203,21 +202,19 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, *, eos_i
     room = [min(max_new_tokens, block_size - len(p)) for p in prompts]
     if not all(prompts) or min(room) < 1:
         raise ValueError(f"prompts of 1 to {block_size - 1} ids are needed; {max_new_tokens=}")
-    if not (temperature >= 0 and (top_k or 1) > 0 and 0 < (1 if top_p is None else top_p) <= 1):
-        raise ValueError(f"impossible: {temperature=} {top_k=} {top_p=}")
-    if temperature == 0 and (top_k or top_p):
-        raise ValueError("top_k and top_p have no effect at temperature 0")
+    possible = (top_k or 1) > 0 and (top_p is None or 0 < top_p <= 1)
+    if not (temperature > 0 and possible or temperature == 0 and top_k is top_p is None):
+        raise ValueError(f"impossible together: {temperature=} {top_k=} {top_p=}")
     rng = None if seed is None else torch.Generator(device).manual_seed(seed)
     rows, answers = list(range(len(prompts))), [[] for _ in prompts]  # rows: still in the batch
     before = {m: dict(vars(m)) for m in model.modules()}  # modes, adapters of rows
     per_row = [m for m in before if isinstance(getattr(m, "active", None), list)]
     shared = [] if per_row else os.path.commonprefix([p[:-1] for p in prompts])
     try:
-        # Read the prompts: once, what all of them begin with.
         model.eval()
         length = torch.tensor([len(p) for p in prompts], device=device)
         cache = KVCache(1, int(length.max()) + max(room), device)
-        if shared:
+        if shared:  # once, what all begin with
             model.features(length.new_tensor([shared]), cache)
         cache.select([0] * len(prompts))
         rest = [length.new_tensor(p[len(shared):]) for p in prompts]
@@ -243,33 +240,34 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, *, eos_i
             vars(m).update(state)
     return [ids[:-1] if ids[-1] == eos_id else ids for ids in answers]
 
-PUBLISHED = {f"gpt2{size}": f"openai-community/gpt2{size}" for size in ("", "-medium", "-large",
-             "-xl")} | {"distilgpt2": "distilbert/distilgpt2"}
+PUBLISHED = dict.fromkeys(["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"], "openai-community")
+PUBLISHED["distilgpt2"] = "distilbert"
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # stored as [in, out]
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "U8": torch.uint8, "BOOL": torch.bool}
-OTHERS = {"adapter*": "; an adapter: merge it first (lora.py merge)",
-          "*.bin": "; a pickle: save it again by transformers",
-          "hparams.json": "; OpenAI's TensorFlow files: take gpt2"}
+HINTS = {"adapter*": "; an adapter: merge it first (lora.py merge)",
+         "*.bin": "; a pickle: save it again by transformers",
+         "hparams.json": "; OpenAI's TensorFlow files: take gpt2"}
 
 def model_folder(name) -> Path:
     """The model folder of a name (downloaded once), a folder, or a run without adapter."""
     folder = Path(name)
     if name == "tiny":
-        return Path(__file__).resolve().with_name("tiny") / "model"
+        return Path(__file__).resolve().parent / "tiny/model"
     if name in PUBLISHED:
         home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
         folder = Path(home, "gpt2-finetune", name).expanduser()
         hub = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
         for file in ("config.json", "vocab.json", "merges.txt", "model.safetensors"):
             if not (folder / file).is_file():
-                download(f"{hub}/{PUBLISHED[name]}/resolve/main/{file}", folder / file)
+                download(f"{hub}/{PUBLISHED[name]}/{name}/resolve/main/{file}", folder / file)
         return folder
     if (folder / "model").is_dir() and not (folder / "adapter").is_dir():  # a run
-        folder = folder / "model"
-    if (folder / "config.json").is_file() and any(folder.glob("model*.safetensors")):
+        folder /= "model"
+    found = [any(folder.glob(name)) for name in ("config.json", "model*.safetensors", "adapter*")]
+    if found == [True, True, False]:
         return folder
-    hints = [hint for pattern, hint in OTHERS.items() if any(folder.glob(pattern))]
+    hints = [hint for pattern, hint in HINTS.items() if any(folder.glob(pattern))]
     raise FileNotFoundError(f"{folder}: no model, nor tiny, {', '.join(PUBLISHED)}{''.join(hints)}")
 
 def locate(name) -> tuple[Path, Path | None]:
@@ -280,28 +278,42 @@ def locate(name) -> tuple[Path, Path | None]:
     base = model if model.is_dir() else read_json(run / "run.json")["flags"]["model"]
     return locate(base)[0], run / "adapter"
 
+def load_model(name, device="cpu", dropout=0.0, tie=None):
+    """(model with its adapter, in eval mode; tokenizer) of a name, a folder or a run."""
+    from data import load_tokenizer
+    from lora import load_lora
+    folder, adapter = locate(name)
+    model = GPT.from_pretrained(folder, dropout, tie)
+    if adapter:
+        load_lora(model, adapter)
+    tokenizer, V = load_tokenizer(folder), model.config.vocab_size
+    if tokenizer.n_vocab > V:
+        raise ValueError(f"{folder}: its tokenizer has {tokenizer.n_vocab} ids, the model {V}")
+    return model.to(device).eval(), tokenizer
+
 def read_config(folder: Path) -> GPTConfig:
     """ValueError for settings that would change the logits."""
     raw = read_json(folder / "config.json")
     raw["block_size"] = raw.get("n_positions", 1024)
-    config = GPTConfig(**{key: raw[key] for key in vars(GPTConfig()) if key in raw})
-    supported = {"model_type": ["gpt2"], "activation_function": ["gelu_new", "gelu_pytorch_tanh"],
-                 "scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False]}
+    supported = {
+        "model_type": ["gpt2"], "activation_function": ["gelu_new", "gelu_pytorch_tanh"],
+        "scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False],
+        "num_attention_heads": [None]}
     for key, values in supported.items():
         if raw.get(key, values[0]) not in values:
             raise ValueError(f"{folder}: {key} {raw[key]!r} is not {values[0]!r}")
-    return config
+    return GPTConfig(**{key: raw[key] for key in vars(GPTConfig()) if key in raw})
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """Our name -> float32 tensor, [out, in], from all shards."""
     tensors = {}
     for path in folder.glob("model*.safetensors"):
         part = read_safetensors(path)
-        while part:  # one by one, to save memory
+        while part:  # to save memory
             name, t = part.popitem()
             name = name.removeprefix("transformer.")
             if name.endswith((".attn.bias", ".attn.masked_bias")):
-                continue  # the causal mask, which old files carry
+                continue  # the causal mask of old files
             if name in tensors or not t.is_floating_point() or not t.float().isfinite().all():
                 raise ValueError(f"{path}: {name} is there twice, or has NaN, inf or integers")
             tensors[name] = (t.t().contiguous() if name.endswith(CONV1D) else t).float()
@@ -309,16 +321,20 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 def read_safetensors(path) -> dict[str, Tensor]:
     """Name -> tensor, on the CPU. ValueError for another kind of file."""
-    size, tensors = os.path.getsize(path), {}
+    tensors = {}
     try:
-        content = torch.from_file(str(path), size=size, dtype=torch.uint8)  # mapped, not read
-        length = int.from_bytes(content[:8].tolist(), "little")
-        header = json.loads(bytes(content.narrow(0, 8, length).tolist()))
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            begin, end = entry["data_offsets"]
-            t = content[8 + length:][begin:end].clone().view(DTYPES[entry["dtype"]])
-            tensors[name] = t.reshape(entry["shape"])
+        with open(path, "rb") as file:  # not mapped: pages would count as memory
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            for name, entry in header.items():
+                begin, end = entry["data_offsets"]
+                t = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
+                memory = (ctypes.c_char * t.nbytes).from_address(t.data_ptr())
+                file.seek(8 + length + begin)
+                if file.readinto(memory) != end - begin:
+                    raise ValueError(f"{name} is cut")
+                tensors[name] = t
     except Exception as error:
         raise ValueError(f"{path}: no safetensors file (git lfs pull?): {error}") from None
     return tensors
@@ -334,7 +350,7 @@ def write_safetensors(path, tensors: dict[str, Tensor]):
     text += b" " * (-len(text) % 8)
     with replacing(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for t in tensors.values():  # one at a time
+        for t in tensors.values():
             t = t.detach().cpu().contiguous()
             file.write((ctypes.c_char * t.nbytes).from_address(t.data_ptr()))
 
@@ -344,16 +360,17 @@ def replacing(path):
     temp = Path(f"{path}.{os.getpid()}.tmp")
     temp.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with open(temp, "wb") as file:
+        with open(temp, "w+b") as file:
             yield file
         os.replace(temp, path)
+    except RuntimeError as error:  # torch.save's, of a full disk
+        raise OSError(f"{path}: {error.__context__ or error}") from None
     finally:
         temp.unlink(missing_ok=True)
 
 def read_json(path) -> dict:
-    """ValueError names the file."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text("utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
 
@@ -362,8 +379,7 @@ def write_json(path, value):
     with replacing(path) as file:
         file.write(json.dumps(value, indent=2).encode() + b"\n")
 
-class Redirects(urllib.request.HTTPRedirectHandler):
-    """Keeps the hub's headers, which state size and sha256."""
+class Redirects(request.HTTPRedirectHandler):  # keeps the hub's headers
     said = {}
     def redirect_request(self, *args):
         self.said = args[4]
@@ -372,18 +388,17 @@ class Redirects(urllib.request.HTTPRedirectHandler):
 def download(url: str, path: Path):
     """Fetch a file whole or not at all; OSError unless size and sha256 are as stated."""
     hub, sha256 = Redirects(), hashlib.sha256()
-    fetch = urllib.request.build_opener(hub).open
     try:
-        with fetch(url, timeout=30) as answer, replacing(path) as file:
-            while chunk := answer.read(2**24):
+        with request.build_opener(hub).open(url, timeout=30) as reply, replacing(path) as file:
+            while chunk := reply.read(2**24):
                 file.write(chunk)
                 sha256.update(chunk)
-            size = hub.said.get("X-Linked-Size") or answer.headers["Content-Length"]
+            size = hub.said.get("X-Linked-Size") or reply.headers["Content-Length"]
             tag = re.search(r"\b[0-9a-f]{64}\b", hub.said.get("X-Linked-Etag", ""))
-            page = answer.headers.get_content_type() == "text/html"
+            page = reply.headers.get_content_type() == "text/html"
             if page or str(file.tell()) != size or tag and tag[0] != sha256.hexdigest():
                 raise OSError("what came is not the file")
-    except OSError as error:
+    except Exception as error:
         raise OSError(f"{url}: {error}; or put it into {path.parent} yourself") from None
 
 def choose_device(name: str) -> torch.device:
@@ -398,19 +413,20 @@ def choose_device(name: str) -> torch.device:
         raise ValueError(f"--device {name}: not here; try auto, cpu, cuda, cuda:1, mps") from None
 
 def choose_attention(device, dtype, length: int):
-    """Without flash a CPU is 1.75 times as fast at 100 tokens, half as fast at 1,024."""
+    """On CPUs where oneDNN multiplies, up to 1.75 times as fast without flash on short texts."""
+    onednn = torch.backends.mkldnn.matmul.fp32_precision == "bf16"
     short = device.type == "cpu" and dtype == torch.float32 and length <= 256
-    torch.backends.cuda.enable_flash_sdp(not short)
+    torch.backends.cuda.enable_flash_sdp(not (short and onednn))
 
 def keep_freed_memory():
     """glibc would give it back after each step; oneDNN would keep some for each text length."""
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "24")
     os.environ.setdefault("LRU_CACHE_CAPACITY", "1")
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None:
+    if os.name == "posix" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
         mallopt(-3, 1 << 30) or mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD; old glibc: 32 MiB
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: none
 
-def multiply_with_onednn():
+def use_onednn():
     """On AMD up to twice as fast as MKL. Test products find CPUs that round to bf16 (AMX, Arm)."""
     matmul = torch.backends.mkldnn.matmul
     matmul.fp32_precision = "bf16"
@@ -420,27 +436,21 @@ def multiply_with_onednn():
         matmul.fp32_precision = "none"
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)
     flag = parser.add_argument
-    flag("--model", default="tiny", help="folder, run or name")
+    flag("--model", default="tiny", help="folder, run or name (tiny)")
     flag("--prompt", required=True, help="text to continue")
-    flag("--max-new-tokens", type=int, default=50, help="at most so many")
+    flag("--max-new-tokens", type=int, default=50, help="at most so many (50)")
     flag("--temperature", type=float, default=0.0, help="0: the likeliest")
     flag("--top-k", type=int, help="draw from the k likeliest")
     flag("--top-p", type=float, help="draw from the fewest that reach p")
-    flag("--seed", type=int, default=123, help="of the draws")
+    flag("--seed", type=int, default=123, help="of the draws (123)")
     options = vars(parser.parse_args(argv))
     try:
-        from data import load_tokenizer
-        from lora import load_lora
-        folder, adapter = locate(options.pop("model"))
-        model, tokenizer = GPT.from_pretrained(folder), load_tokenizer(folder)
-        if adapter:
-            load_lora(model, adapter)
+        model, tokenizer = load_model(options.pop("model"))
         ids = tokenizer.encode_ordinary(options.pop("prompt"))
         ids += generate(model, [ids], eos_id=tokenizer.eot_token, **options)[0]
-        print(tokenizer.decode(ids))
+        print(tokenizer.decode([i for i in ids if i < tokenizer.n_vocab]))
         return 0
     except (OSError, ValueError, ImportError) as error:
         print("error:", *str(error).split(), file=sys.stderr)

@@ -3,7 +3,7 @@
     y = W x + b + s B A x     A [r, in], B [out, r], s = alpha / r; rsLoRA: alpha / sqrt(r)
 
 An adapted layer stays the nn.Linear it was, its weight with the same name and storage. Nothing
-here freezes a parameter. Folders are PEFT's, checked against peft.
+here freezes a parameter. Folders are PEFT's.
 
     python lora.py merge --base tiny --adapter runs/X=0.5 runs/Y=0.5 --out merged
 """
@@ -25,9 +25,10 @@ class LoRALinear(nn.Linear):
             return self.adapt(self.active, x, y) if self.active in self.configs else y
         if len(self.active) != len(x):
             raise ValueError(f"use_lora got {len(self.active)} rows, the batch has {len(x)}")
-        for name in [n for n in self.configs if n in self.active]:  # in one order: dropout draws
+        for name in self.configs:  # in one order: dropout draws
             rows = [i for i, n in enumerate(self.active) if n == name]
-            y[rows] = self.adapt(name, x[rows], y[rows])
+            if rows:
+                y[rows] = self.adapt(name, x[rows], y[rows])
         return y
 
     def adapt(self, name, x, y):
@@ -39,59 +40,57 @@ class LoRALinear(nn.Linear):
         c = self.configs[name]
         return c["lora_alpha"] / c["r"] ** (0.5 if c["use_rslora"] else 1)
 
-def _hits(name, pattern):
-    """Whether a name ends in what the pattern matches, as in PEFT."""
-    return re.fullmatch(rf"(.*\.)?({pattern})", f"transformer.{name}")
-
 def _select(model, patterns):
     linears = {n: m for n, m in model.named_modules()
                if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
-    for p in patterns:
-        if not any(_hits(n, p) for n in linears):
+    hit = set()
+    for p in patterns:  # what a name ends in, as in PEFT
+        found = {n for n in linears if re.fullmatch(rf"(.*\.)?({p})", f"transformer.{n}")}
+        if not found:
             raise ValueError(f"target {p} hits no linear layer of {', '.join(linears)}")
-    layers = {n: m for n, m in linears.items() if any(_hits(n, p) for p in patterns)}
+        hit |= found
+    layers = {n: linears[n] for n in linears if n in hit}
     fast = {m for e in model.modules() if isinstance(e, nn.TransformerEncoderLayer)
             for m in e.modules()}  # read, not called
     weights = [p.data_ptr() for _, p in model.named_parameters(remove_duplicate=False)]
     for n, m in layers.items():
         if type(m) not in (nn.Linear, LoRALinear):
-            kind = type(m).__name__.replace("Conv1D", "transformers' Conv1D")
-            raise ValueError(f"target {n} is {kind}, not nn.Linear")
+            raise ValueError(f"target {n} is {type(m).__name__}, not nn.Linear")
         if m in fast or "forward" in vars(m) or "weight" not in m._parameters:
             raise ValueError(f"target {n}: its weight is not what nn.Linear reads")
         if weights.count(m.weight.data_ptr() or "meta") > 1:
             raise ValueError(f"target {n} shares its weight: untie it (tie_word_embeddings=False)")
     return layers
 
-def _add(model, name, configs):
+def _add(model, name, layers, config):
     if any(name in getattr(m, "configs", ()) for m in model.modules()):
         raise ValueError(f"adapter {name!r} is there already")
-    for m, config in configs.items():
+    for m in layers:
         if type(m) is nn.Linear:
             m.__class__ = LoRALinear  # in place: who holds it or its weight still does
             m.lora_A, m.lora_B, m.configs = nn.ParameterDict(), nn.ParameterDict(), {}
         r, dtype = config["r"], torch.promote_types(m.weight.dtype, torch.float32)
-        m.lora_A[name] = nn.Parameter(m.weight.new_empty(r, m.in_features, dtype=dtype))
-        m.lora_B[name] = nn.Parameter(m.weight.new_zeros(m.out_features, r, dtype=dtype))
+        m.lora_A[name] = m.weight.new_empty(r, m.in_features, dtype=dtype)
+        m.lora_B[name] = m.weight.new_zeros(m.out_features, r, dtype=dtype)
         m.configs[name] = config
     use_lora(model, name)
 
 def _holders(model, name):
     found = {n: m for n, m in model.named_modules() if name in getattr(m, "configs", ())}
     if not found:
-        raise ValueError(f"no adapter {name!r} (a merged one is part of the weights)")
+        raise ValueError(f"no adapter {name!r}")
     return found
 
 def add_lora(model: nn.Module, r=8, alpha=16, targets=("c_attn", "c_proj", "c_fc"), dropout=0.0,
              rslora=False, name="default"):
     """Add an adapter and make it active; untrained it changes nothing (B = 0). targets: suffixes
-    of module names (attn.c_proj, say) or patterns with *. ValueError for one that hits nothing or
+    of module names (attn.c_proj) or patterns with *. ValueError for one that hits nothing or
     cannot be adapted, a taken name, r below 1."""
     if r < 1:
         raise ValueError(f"r is {r}, not 1 or more")
     layers = _select(model, [re.escape(t).replace(r"\*", ".*") for t in targets]).values()
     config = {"r": r, "lora_alpha": alpha, "lora_dropout": dropout, "use_rslora": rslora}
-    _add(model, name, dict.fromkeys(layers, config))
+    _add(model, name, layers, config)
     for layer in layers:
         nn.init.kaiming_uniform_(layer.lora_A[name], a=5**0.5)
 
@@ -125,10 +124,10 @@ def lora_state_dict(model, name="default") -> dict[str, torch.Tensor]:
     return {f"{n}.{kind}.{name}": getattr(m, kind)[name].detach()
             for n, m in _holders(model, name).items() for kind in ("lora_A", "lora_B")}
 
-# Options read below, or without effect on a trained adapter; no other may be set.
+# Options that are read below, or have no effect; no other may be set.
 KNOWN = """peft_type task_type base_model_name_or_path r lora_alpha lora_dropout target_modules
-    rank_pattern alpha_pattern use_rslora bias init_lora_weights fan_in_fan_out inference_mode
-    auto_mapping peft_version megatron_core qalora_group_size""".split()
+    use_rslora bias init_lora_weights fan_in_fan_out inference_mode auto_mapping peft_version
+    megatron_core qalora_group_size""".split()
 VALUES = {"peft_type": ["LORA"], "bias": ["none"], "init_lora_weights": [True, "gaussian"]}
 
 def save_lora(model, folder, name="default", base="gpt2"):
@@ -136,17 +135,15 @@ def save_lora(model, folder, name="default", base="gpt2"):
     from gpt import write_json, write_safetensors
     if Path(base, "config.json").is_file():
         base = Path(base).resolve()
-    configs = {n: m.configs[name] for n, m in _holders(model, name).items()}
-    first, tensors = next(iter(configs.values())), {}
+    holders, tensors = _holders(model, name), {}
     for key, tensor in lora_state_dict(model, name).items():
         path = key if key.startswith("lm_head.") else f"transformer.{key}"
         tensors[f"base_model.model.{path.removesuffix(name)}weight"] = tensor
     write_safetensors(f"{folder}/adapter_model.safetensors", tensors)
     write_json(f"{folder}/adapter_config.json", {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "fan_in_fan_out": True, **first,
-        "base_model_name_or_path": str(base), "target_modules": list(configs),
-        "rank_pattern": {n: c["r"] for n, c in configs.items() if c != first},
-        "alpha_pattern": {n: c["lora_alpha"] for n, c in configs.items() if c != first}})
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "fan_in_fan_out": True,
+        "base_model_name_or_path": str(base), "target_modules": list(holders),
+        **next(iter(holders.values())).configs[name]})
 
 def _read_adapter(folder):
     from gpt import read_json, read_safetensors
@@ -168,23 +165,20 @@ def load_lora(model, folder, name="default"):
     """Add a PEFT folder's adapter and make it active. ValueError, with nothing changed, for options
     that we do not have, layers that cannot be adapted, tensors that do not fit."""
     config, tensors = _read_adapter(folder)
-    targets, configs, shapes = config["target_modules"], {}, {}
+    targets, shapes, r = config["target_modules"], {}, config["r"]
     if isinstance(targets, str):
         targets = [targets.replace("all-linear", ".*(?<!lm_head)")]
-    for n, m in _select(model, targets).items():
-        c = {k: config.get(k, 0) for k in ("r", "lora_alpha", "lora_dropout", "use_rslora")}
-        for key, option in ("r", "rank_pattern"), ("lora_alpha", "alpha_pattern"):
-            values = (v for p, v in (config.get(option) or {}).items() if _hits(n, p))
-            c[key] = next(values, c[key])
-        configs[m] = c
-        shapes[f"{n}.lora_A.{name}"] = (c["r"], m.in_features)
-        shapes[f"{n}.lora_B.{name}"] = (m.out_features, c["r"])
-    theirs = r"base_model\.model\.(?:transformer\.)?(.*\.)weight"
-    tensors = {re.sub(theirs, rf"\g<1>{name}", key): t for key, t in tensors.items()}
+    layers = _select(model, targets)
+    for n, m in layers.items():
+        shapes[f"{n}.lora_A.{name}"] = (r, m.in_features)
+        shapes[f"{n}.lora_B.{name}"] = (m.out_features, r)
+    theirs = r"base_model\.model\.(transformer\.)?(.*\.)weight"
+    tensors = {re.sub(theirs, rf"\g<2>{name}", key): t for key, t in tensors.items()}
     found = {key: t.shape if t.isfinite().all() else () for key, t in tensors.items()}
     if wrong := shapes.items() ^ found.items():
         raise ValueError(f"{folder}: {min(wrong)[0]} is missing, extra, misshapen or not finite")
-    _add(model, name, configs)
+    used = ("r", "lora_alpha", "lora_dropout", "use_rslora")
+    _add(model, name, layers.values(), {key: config.get(key, 0) for key in used})
     model.load_state_dict(tensors, strict=False)
 
 def run(args):
@@ -205,20 +199,19 @@ def run(args):
             raise ValueError(f"{folder} was trained on {base}: give that as --base")
         load_lora(model, folder)
         merge_lora(model, weight=float(weight or 1))
-    model.save_pretrained(args.out, eos_id=read_json(source / "config.json").get("eos_token_id"))
+    eos_id = read_json(source / "config.json").get("eos_token_id", 50256)
+    model.save_pretrained(args.out, eos_id=eos_id)
     copy_tokenizer(source, args.out)
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description="Show or merge LoRA adapters.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    show = commands.add_parser("show")
-    show.add_argument("folder")
-    merge = commands.add_parser("merge")
+    quiet = {"usage": argparse.SUPPRESS}
+    parser = argparse.ArgumentParser(**quiet, description="Show or merge LoRA adapters.")
+    commands = parser.add_subparsers(dest="command", required=True, prog="lora.py")
+    commands.add_parser("show", **quiet).add_argument("folder")
+    merge = commands.add_parser("merge", **quiet)
     merge.add_argument("--base", required=True)
     merge.add_argument("--adapter", required=True, action="extend", nargs="+", metavar="F[=WEIGHT]")
     merge.add_argument("--out", required=True, type=Path)
-    for each in parser, show, merge:
-        each.error = lambda m: parser.exit(2, f"error: {m} (see --help)\n")
     try:
         run(parser.parse_args(argv))
     except (ValueError, OSError, ImportError) as error:

@@ -25,8 +25,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the six files
 from data import Encoded, encode_examples, format_prompt, load_parts  # noqa: E402
-from evaluate import load_model, nlls  # noqa: E402
-from gpt import choose_device  # noqa: E402
+from evaluate import nlls  # noqa: E402
+from gpt import choose_device, load_model  # noqa: E402
 
 TAU = 0.05  # nats per token by which the short instruction may be worse, in adaptive forms
 

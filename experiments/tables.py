@@ -26,8 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the six files
 from choose_layers import batch_size  # noqa: E402
 from data import encode_examples, format_prompt, load_parts  # noqa: E402
-from evaluate import load_model, read_records, text_nll  # noqa: E402
-from gpt import read_json  # noqa: E402
+from evaluate import read_records, text_nll  # noqa: E402
+from gpt import load_model, read_json  # noqa: E402
 
 QUALITY = ["exact match %", "response NLL", "forgetting"]
 COLUMNS = {

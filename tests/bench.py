@@ -50,12 +50,10 @@ ANSWERS = [2, 6, 7, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 14, 14, 15, 16, 17, 20,
 TEMPLATE = 29  # ids around the instruction, by the embedded tokenizer
 WORDS = "and one ten day write as in is it or me".split()  # one id each
 
-
 def clock():
     """Seconds, once a GPU has done what it was given."""
     torch.cuda.is_initialized() and torch.cuda.synchronize()
     return time.perf_counter()
-
 
 def figures(marks, steps):
     """From marks (seconds, tokens so far) of steps, the last so many; and this process's peak."""
@@ -64,7 +62,6 @@ def figures(marks, steps):
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else most
     return {"rate": (after - before) / (end - began), "step": (end - began) / steps, "peak": peak}
 
-
 def write_model(folder, *sizes):
     """A model folder of random weights, with the embedded tokenizer; returns what torch is."""
     torch.manual_seed(0)
@@ -72,7 +69,6 @@ def write_model(folder, *sizes):
     copy_tokenizer(TINY / "model", folder)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return {"torch": torch.__version__, "threads": torch.get_num_threads(), "gpu": gpu}
-
 
 def ours(steps, folder, data, policy, flags=(), size=8, device="cpu", without=None):
     """finetune.py with these flags, `without` one of the remedies; with --cache-prefix measured is
@@ -99,7 +95,6 @@ def ours(steps, folder, data, policy, flags=(), size=8, device="cpu", without=No
         lines = map(json.loads, Path(out, "run", "metrics.jsonl").read_text().splitlines())
     return figures([(m["seconds"], m["tokens"]) for m in lines], steps) | {"proof": sum(spent)}
 
-
 def switch_off(remedy):
     """Do without a remedy; an error where what does it has another name now."""
     def all_logits(model, batch, loss_on, machine, prefix=None):
@@ -113,14 +108,13 @@ def switch_off(remedy):
     defaults = dict.fromkeys(["ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"], "1024")
     patches = {"mallopt": mock.patch("ctypes.CDLL", lambda name: None),
                "caches": mock.patch.dict(os.environ, defaults),
-               "products": mock.patch("finetune.multiply_with_onednn", lambda: None),
+               "products": mock.patch("finetune.use_onednn", lambda: None),
                "flash": mock.patch("finetune.choose_attention", lambda *args: None),
                "head": mock.patch("finetune.loss_sum", all_logits),
                "lengths": mock.patch("finetune.batches", file_order),
                "fused": mock.patch("torch.optim.AdamW", lambda groups, fused: AdamW(groups))}
     if remedy in patches:
         patches[remedy].start()
-
 
 def make_rival(folder, policy, library):
     """Our GPT, for LoRA with our adapters; or transformers' with PEFT's."""
@@ -136,7 +130,6 @@ def make_rival(folder, policy, library):
         model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, fan_in_fan_out=True,
                                                  target_modules=["c_attn", "c_proj", "c_fc"]))
     return model
-
 
 def rival(steps, folder, data, policy, library="plain", size=8, device="cpu"):
     """The plain loop; or a step as transformers' Trainer has it, on GPUs in bf16."""
@@ -162,7 +155,6 @@ def rival(steps, folder, data, policy, library="plain", size=8, device="cpu"):
         marks.append((clock(), tokens))
     return figures(marks, steps)
 
-
 def answer(model, batch, new, how):
     """Continue prompts by `new` ids: random weights do not end. Or until the record's own answer
     ends, and the row is then "leaving", or "staying" until all have ended."""
@@ -185,7 +177,6 @@ def answer(model, batch, new, how):
         model.active = [None] * len(batch) if how == "unshared" else None
         gpt.generate(model, prompts, max(left) if how == "staying" else new)
 
-
 def generation(steps, folder, data, how="ours", new=32, size=64, device="cpu"):
     """Answers to all test prompts, longest first: that is a step, and two are measured."""
     records, _ = encode_examples(load_parts(data).test, load_tokenizer(folder))
@@ -193,14 +184,13 @@ def generation(steps, folder, data, how="ours", new=32, size=64, device="cpu"):
     model = make_rival(folder, "all", how).to(device).eval()
     if how != "transformers":
         finetune.keep_freed_memory()
-        finetune.multiply_with_onednn()
+        finetune.use_onednn()
     marks, steps = [], min(steps, 2)
     for step in range(steps + 1):
         for first in range(0, len(records), size):
             answer(model, records[first:first + size], new, how)
         marks.append((clock(), step * new * len(records)))
     return figures(marks, steps)
-
 
 def products(C, size, device) -> dict:
     """Operations a second in a block's matrix products, by library or type."""
@@ -213,11 +203,10 @@ def products(C, size, device) -> dict:
                 work += 2 * M * K * N
         return work / seconds
     rates = {"MKL": rate(torch.float32), "bf16": rate(torch.bfloat16)}
-    finetune.multiply_with_onednn()
+    finetune.use_onednn()
     if torch.backends.mkldnn.matmul.fp32_precision == "bf16":  # else it would really round
         rates["oneDNN"] = rate(torch.float32)
     return rates
-
 
 # least: times the first row of the group, where oneDNN is twice MKL, and where not; most: GiB
 Row = namedtuple("Row", "name function options least most", defaults=((), None))
@@ -239,12 +228,10 @@ GPU = [  # size of batches, rows
     (64, [Row("PEFT", rival, LORA | HF), Row("LoRA", ours, LORA)])]
 MET = {True: "yes", False: "**no**"}
 
-
 def pair(name, function, options, without) -> list[Row]:
     """Rows without and with a remedy."""
     return [Row(f"without {name}", function, options | without),
             Row(f"with {name}", function, options)]
-
 
 TWO_BLOCKS, HOW = {"policy": "last_two_blocks"} | CACHED, {"how": "ours", "size": 64}
 REMEDIES = {name: pair(name, ours, ALL, {"without": name}) for name in (
@@ -254,12 +241,10 @@ REMEDIES = {name: pair(name, ours, ALL, {"without": name}) for name in (
     "shared": pair("shared beginning of prompts", generation, HOW, {"how": "unshared"}),
     "leaving": pair("leaving", generation, HOW | {"how": "leaving"}, {"how": "staying"})}
 
-
 def once(function, *args, **options):
     """What a function returns in a process of its own."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *args, **options).result()
-
 
 def make_data(folder, n_batches, size) -> str:
     """A data folder of records as long as the book's: so many batches to train on."""
@@ -276,11 +261,9 @@ def make_data(folder, n_batches, size) -> str:
         (path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)))
     return str(path)
 
-
 def report(*cells) -> None:
     """One row of the table."""
     print("|", " | ".join(cells + ("",) * (7 - len(cells))), "|", flush=True)
-
 
 def print_head(args) -> None:
     """Write the model, and print what this machine is, and its rates of products."""
@@ -296,7 +279,6 @@ def print_head(args) -> None:
           f"(targets: oneDNN's {'are' if args.strong else 'are not'} twice MKL's)\n")
     report("what", "times the first", "tokens/s", "GiB", "proof (full: 1 %)", "target", "met")
     report(*["---"] * 7)
-
 
 def compare(args, rows, size=8, device="cpu") -> None:
     """Measure the rows in rounds, and report each beside the first."""
@@ -320,7 +302,6 @@ def compare(args, rows, size=8, device="cpu") -> None:
                f"{proof:.2%}" if proof else "", ", ".join(target),
                MET[times >= least and peak <= most] if target else "")
 
-
 def bench_tiny(args) -> None:
     """The embedded model: one step, from start to end of the process, and the default run."""
     def seconds(script, *argv):
@@ -337,7 +318,6 @@ def bench_tiny(args) -> None:
     report("tiny, default run", f"{run:.0f} s, {exact:.1%} exact, forgets {lost:.2f} nats", "", "",
            "", "60 s, 96 %, 0.4", MET[run < 60 and exact >= 0.96 and lost < 0.4])
 
-
 def bench_gpu(args) -> None:
     """GPT-2 medium's shape on a GPU, beside transformers and PEFT."""
     args = argparse.Namespace(**vars(args) | {"folder": f"{args.folder}/medium"})
@@ -349,7 +329,6 @@ def bench_gpu(args) -> None:
             compare(args, rows, size, args.gpu)
     for size, row in [(size, row) for size, rows in GPU for row in rows if not args.gpu]:
         report(f"{row.name}, cuda {size}", "not measured here: no GPU")
-
 
 def main() -> None:
     """Print the table."""
@@ -374,7 +353,6 @@ def main() -> None:
                 rows(args) if callable(rows) else compare(args, rows)
             except Exception as error:
                 report(name, f"not measured: {type(error).__name__}: {error}")
-
 
 if __name__ == "__main__":
     main()

@@ -14,14 +14,13 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))
-import choose_layers, evaluate, finetune, lora, shape_data, tables  # noqa: E402, E401
+import choose_layers, evaluate, finetune, gpt, lora, shape_data, tables  # noqa: E402, E401
 from data import Encoded, collate, copy_tokenizer, encode_examples, load_parts  # noqa: E402
 from freeze import resolve  # noqa: E402
-from gpt import GPT, GPTConfig, write_json  # noqa: E402
+from gpt import GPT, GPTConfig  # noqa: E402
 
 SCRIPTS = {"finetune.py": finetune, "lora.py": lora, "evaluate.py": evaluate,
            "experiments/choose_layers.py": choose_layers, "experiments/shape_data.py": shape_data}
-
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):  # a random model of two blocks with tiny's tokenizer, 20 of its records
@@ -36,25 +35,20 @@ def here(tmp_path_factory):  # a random model of two blocks with tiny's tokenize
     (folder / "text.txt").write_text("The capital of Malta is Valletta.")
     return folder
 
-
 @pytest.fixture
 def model(here):
     return GPT.from_pretrained(here / "model")
-
 
 def plain_loss(model, batch):
     inputs, targets = collate(batch)
     return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), ignore_index=-100)
 
-
 def policy_of(command):
     return choose_layers.choose(choose_layers.parse_args(shlex.split(command)[2:]))
-
 
 def run(command):  # what tables.execute does, in this process
     command = re.sub(r"\$\((.*?)\)", lambda match: policy_of(match[1]), command)
     return SCRIPTS[shlex.split(command)[1]].main(shlex.split(command)[2:])
-
 
 def test_gradient_scores_are_those_of_plain_loops(model):
     batches = [[Encoded(torch.randint(2048, (n,)).tolist(), n // 2) for n in batch]
@@ -73,7 +67,6 @@ def test_gradient_scores_are_those_of_plain_loops(model):
         assert shortfalls.pop(name) == pytest.approx((rest * g.norm() / p.norm()).item(), rel=1e-3)
     assert not shortfalls
 
-
 def test_spectrum_scores_are_those_of_the_closed_form(model, monkeypatch):
     s = [10, 3, 2, 1.9, 1.42, 1, 0.8, 0.6]  # quartiles 0.95 and 2.25: thresholds 1.93 and 1.45
     for n, above in (8, 3), (32, 4):
@@ -85,7 +78,6 @@ def test_spectrum_scores_are_those_of_the_closed_form(model, monkeypatch):
     monkeypatch.setattr(choose_layers, "signal_to_noise", lambda weight: next(planted))
     assert choose_layers.spectrum_ranks(model) == [0.25, 0.5]
 
-
 def test_a_hybrid_trains_the_matrices_that_fit_and_the_adapters_of_the_others(model):
     scores = {"h.0.mlp.c_fc.weight": 3.0, "h.1.attn.c_attn.weight": 2.0,  # 1,024 and 768 parameters
               "h.0.attn.c_proj.weight": 1.0, "h.1.attn.c_proj.weight": 0.0}  # 256 each
@@ -96,7 +88,6 @@ def test_a_hybrid_trains_the_matrices_that_fit_and_the_adapters_of_the_others(mo
     assert len(theirs) == 12 and resolve(model, policy) == {f"{n}weight" for n in own} | theirs
     with pytest.raises(ValueError, match="no matrix"):
         choose_layers.hybrid(model, scores, share / 7)
-
 
 def test_the_policy_is_that_of_the_largest_scores(here, capsys, monkeypatch):
     what = f"--model '{here}/model' --data '{here}/records.json'"
@@ -113,11 +104,9 @@ def test_the_policy_is_that_of_the_largest_scores(here, capsys, monkeypatch):
     assert policy_of("python choose_layers.py --by rgn --k 1") == "blocks:0"
     assert [len(batch) for batch in seen] == [16] * 5
 
-
 RECORD = {"instruction": "Add.", "input": "1, 2", "output": " 3\n", "instruction_long": "Add up.",
           "rationale": "1 + 2 = 3.", "draft": "4", "level": 2}
 SOLVED = {"instruction": "Q", "input": "", "output": "a\nb\n#### 72"}  # as GSM8K has it
-
 
 @pytest.mark.parametrize("record, form, response, instruction, output", [
     (RECORD, "short", None, "Add.", " 3\n"), (RECORD, "long", "answer", "Add up.", "3"),
@@ -132,7 +121,6 @@ def test_forms_are_these_byte_for_byte(record, form, response, instruction, outp
     for missing in ("long", None), ("short", "reflection"):
         with pytest.raises(ValueError, match="'Q' has no text as (instruction_long|draft)"):
             shape_data.reshape(SOLVED | {"draft": " "}, *missing)
-
 
 def test_selection_and_stages_take_these():
     scores = [0.5, 2.0, 0.25, 3.0, 0.5]
@@ -154,9 +142,8 @@ def test_selection_and_stages_take_these():
     with pytest.raises(ValueError, match="no number as level"):
         by("level", 1, RECORD, SOLVED)
 
-
 def test_difficulty_and_uncertainty_are_those_of_plain_loops(here):
-    model, tokenizer = evaluate.load_model(here / "model", "cpu")
+    model, tokenizer = gpt.load_model(here / "model", "cpu")
     records = load_parts(here / "records.json").train
     ifd = shape_data.measure([*records, RECORD | {"input": "a " * 99}], "ifd", model, tokenizer, 0)
     assert ifd[-1] == math.inf  # the model has no room for it
@@ -168,7 +155,6 @@ def test_difficulty_and_uncertainty_are_those_of_plain_loops(here):
         assert score == pytest.approx(difference.exp().item(), rel=1e-4)
         assert h == pytest.approx(-(p * p.log()).sum().item(), rel=1e-4)
 
-
 def test_adaptive_forms_go_by_the_loss_but_in_the_test_part_by_uncertainty_alone(monkeypatch):
     form = lambda kind, *numbers: [{"kind": kind, "loss": loss, "unsure": h} for loss, h in numbers]
     short = {"train": form("s", (1, 0), (1.04, 0), (1.06, 0)), "test": form("s", (9, 3), (0, 4)),
@@ -179,7 +165,6 @@ def test_adaptive_forms_go_by_the_loss_but_in_the_test_part_by_uncertainty_alone
     monkeypatch.setattr(shape_data, "entropies", read("unsure"))
     adapted = shape_data.adapt(None, None, short, long)
     assert ["".join(e["kind"] for e in adapted[part]) for part in short] == ["ssl", "sl", "ssls"]
-
 
 @pytest.mark.parametrize("table", tables.COLUMNS)
 def test_every_command_of_a_table_is_in_the_readme_and_its_script_takes_it(table, monkeypatch):
@@ -198,7 +183,6 @@ def test_every_command_of_a_table_is_in_the_readme_and_its_script_takes_it(table
                     assert SCRIPTS[script].parse_args(flags)
             if label in tables.rows_of(table, 4) and "steps}" not in template:
                 assert filled in readme or script == "evaluate.py"
-
 
 def test_a_table_goes_on_where_it_was_stopped(here, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tables, "ROWS", {"length": {
@@ -245,41 +229,3 @@ def test_a_table_goes_on_where_it_was_stopped(here, tmp_path, monkeypatch, capsy
                      "--batch-size 16 --epochs 5 --max-steps 15")
     cells = tables.cell([1.0, 2.0, 3.0], 1), tables.cell([0.5], 2), tables.cell([1.0, None], 1)
     assert cells == ("2.0 ± 0.6", "0.50", "-")
-
-
-def test_columns_are_those_of_the_last_run_and_sums_of_steps_and_tokens(tmp_path):
-    for losses in ([9.0], [3.0, 1.0, 0.9, 0.7, 0.6, 0.7]):  # means of five: 1.24, 0.78
-        folder = tmp_path / str(len(losses))
-        (folder / "model").mkdir(parents=True)
-        (folder / "model" / "a.safetensors").write_bytes(bytes(2**19))
-        write_json(folder / "run.json", {
-            "flags": {"data": "x"}, "freeze": [{"trainable_parameters": n} for n in (5, 3)],
-            "train": {"train_loss": 1.0, "val_loss": 0.75, "peak_memory_bytes": 2**21}})
-        lines = [json.dumps({"train_loss": loss, "records": [0, 1]}) for loss in losses]
-        (folder / "metrics.jsonl").write_text("\n".join(lines))
-    write_json(folder / "scores.json", {"exact_match": 0.5, "response_nll": 2.0, "text_nll": 3.0})
-    (folder / "responses.jsonl").write_text(json.dumps(SOLVED))
-    tokenizer = SimpleNamespace(encode_ordinary=lambda text: text[-7:])
-    base = SimpleNamespace(text="t", text_nll=1.0, tokenizer=tokenizer,
-                           tokens_of={"x": {0: 10, 1: 7}})
-    assert tables.measure([tmp_path / "1", folder], base) == {
-        "trainable": 5, "exact match %": 50, "response NLL": 2, "forgetting": 2, "steps": 7,
-        "train - val loss": 0.25, "steps to loss 0.8": 6, "peak MiB": 2, "saved MiB": 0.5,
-        "target tokens": 7 * 17, "prompt tokens": 7}
-
-
-def test_wrong_flags_end_with_their_code_and_write_nothing(here, tmp_path):
-    (here / "two.json").write_text(json.dumps([RECORD, RECORD]))
-    for module, code, lines in (
-            (tables, 2, ["ranks --seeds 0"]),
-            (shape_data, 2, ["--n 0", "--select random", "--reverse", "--by ifd"]),
-            (choose_layers, 2, ["--by rgn", "--by rgn --k 1 --share 0.1", "--by random --k 0",
-                                "--by shortfall --lora-r 2 --share 1.1"]),
-            (shape_data, 1, ["--n 18", "--stages 18 --by length", "--data two.json", "--out ."])):
-        for line in lines:
-            flags = ["--data", f"{here}/records.json", "--out", f"{tmp_path}/new", *line.split()]
-            flags = [str(here / flag) if flag in ("two.json", ".") else flag for flag in flags]
-            with pytest.raises(SystemExit) as end:
-                sys.exit(module.main(flags[4 * (module is choose_layers):]))
-            left = [*tmp_path.iterdir(), *here.parent.glob("*.tmp")]
-            assert end.value.code == code and not left, line

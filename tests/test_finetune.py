@@ -1,7 +1,6 @@
 """finetune.py as a user runs it: beside a plain loop, stopped and resumed, with its proof."""
 
 import contextlib
-import dataclasses
 import itertools
 import json
 import math
@@ -18,12 +17,12 @@ import torch.nn.functional as F
 import data
 import evaluate
 import finetune
+import gpt
 from data import encode_examples, load_parts, load_tokenizer
 from gpt import GPT, GPTConfig, read_json, read_safetensors
 from lora import add_lora
 
 MATMUL = torch.backends.mkldnn.matmul
-
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
@@ -39,7 +38,6 @@ def world(tmp_path_factory):
     (folder / "records.json").write_text(json.dumps(records))
     return folder
 
-
 def run(world, out, *flags):
     """The exit code of a run that answers nothing, unless `flags` hold "answers"."""
     torch.backends.cuda.enable_flash_sdp(True)  # what a run sets is not for the next one
@@ -49,16 +47,13 @@ def run(world, out, *flags):
              1e-3, "--batch-size", 8, "--device", "cpu", *quiet, *flags]
     return finetune.main([str(flag) for flag in flags if flag != "answers"])
 
-
 metrics = lambda out: evaluate.read_records(out / "metrics.jsonl")
 column = lambda out, key: [line[key] for line in metrics(out)]
-
 
 def result(out):
     """What must not depend on stops: each byte of the weights; all metrics but the time."""
     files = [path.read_bytes() for path in sorted(out.rglob("*.safetensors"))]
     return files, [{k: v for k, v in line.items() if k != "seconds"} for line in metrics(out)]
-
 
 def before_loss(monkeypatch, number, action):
     """Have action(model) called before the training loss of this number, from 1."""
@@ -69,7 +64,6 @@ def before_loss(monkeypatch, number, action):
             action(model)
         return true(model, *args)
     monkeypatch.setattr(finetune, "loss_sum", watched)
-
 
 def stopped(number, step, main, *args):
     """The exit code of main(*args), to which a signal is sent while it computes this step."""
@@ -85,7 +79,6 @@ def stopped(number, step, main, *args):
         finally:
             os._exit(70)  # it was not killed
 
-
 # ---- arithmetic
 
 TRAINS = {"all": "", "last:1": r"h\.1\.|ln_f", "last_block": r"h\.1\.|ln_f", "last:2": r"h\.|ln_f",
@@ -93,7 +86,6 @@ TRAINS = {"all": "", "last:1": r"h\.1\.|ln_f", "last_block": r"h\.1\.|ln_f", "la
           "blocks:0,norms": r"h\.0\.|.*ln_", "blocks:1,norms": r"h\.1\.|.*ln_"}
 FALLING = {"linear": lambda t: 1 - t, "cosine": lambda t: (1 + math.cos(math.pi * t)) / 2,
            "constant": lambda t: 1.0}
-
 
 def plain_run(world, spans, warmup=0, schedule="linear", clip=1.0, weight_decay=0.1, lr_decay=1.0,
               loss_on="response", template="alpaca", untie=False, lora_r=None):
@@ -139,20 +131,16 @@ def plain_run(world, spans, warmup=0, schedule="linear", clip=1.0, weight_decay=
         history.append((loss.item(), norm, 1e-3 * rate))
     return model, *zip(*history)
 
-
 @pytest.mark.parametrize("flags, same", [
-    ([], {}),
-    (["--loss-on", "all", "--untie-head", "--schedule", "cosine", "--warmup", 3],
+    ([], {}), (["--loss-on", "all", "--untie-head", "--schedule", "cosine", "--warmup", 3],
      dict(loss_on="all", untie=True, schedule="cosine", warmup=3)),
     (["--template", "chatml", "--clip", 0, "--weight-decay", 0.5, "--lr-decay", 0.5],
      dict(template="chatml", clip=None, weight_decay=0.5, lr_decay=0.5)),
     (["--trainable", "last_block", "--clip", 1.2, "--schedule", "constant", "--warmup", 0.4],
      dict(clip=1.2, schedule="constant", warmup=4)),
-    (["--trainable", "head", "--untie-head"], dict(untie=True)),
-    (["--lora-r", 2], dict(lora_r=2)),
+    (["--trainable", "head", "--untie-head"], dict(untie=True)), (["--lora-r", 2], dict(lora_r=2)),
     (["--lora-r", 2, "--trainable", "lora,last_block"], dict(lora_r=2)),
-    (["--trainable", "gradual:1"], {}),
-    (["--trainable", "lisa:1@2,norms"], {}),
+    (["--trainable", "gradual:1"], {}), (["--trainable", "lisa:1@2,norms"], {}),
 ], ids=lambda value: " ".join(map(str, value)))
 def test_a_run_has_the_losses_norms_rates_and_weights_of_a_plain_loop(world, tmp_path, flags, same):
     assert run(world, tmp_path / "r", "--epochs", 2, *flags) == 0
@@ -163,11 +151,10 @@ def test_a_run_has_the_losses_norms_rates_and_weights_of_a_plain_loop(world, tmp
     assert column(tmp_path / "r", "train_loss") == pytest.approx(losses, rel=1e-5)
     assert column(tmp_path / "r", "grad_norm") == pytest.approx(norms, rel=1e-4)
     assert column(tmp_path / "r", "lr") == pytest.approx(rates, rel=1e-6)
-    ours = evaluate.load_model(tmp_path / "r", "cpu")[0]
+    ours = gpt.load_model(tmp_path / "r", "cpu")[0]
     for (name, p), (_, q) in zip(ours.named_parameters(), model.named_parameters(), strict=True):
         if not name.endswith("c_attn.bias"):  # keys' have no gradient, and Adam scales its noise
             torch.testing.assert_close(p, q, rtol=1e-4, atol=5e-6, msg=lambda m: f"{name}: {m}")
-
 
 def test_micro_batches_and_a_head_in_parts_give_the_undivided_step(world, tmp_path, monkeypatch):
     assert run(world, tmp_path / "whole", "--epochs", 1) == 0
@@ -187,14 +174,12 @@ def test_micro_batches_and_a_head_in_parts_give_the_undivided_step(world, tmp_pa
     assert sum(rows[True]) in (sum(tokens[0]), 2 * sum(tokens[0]))  # parts are computed again
     assert [loss is None for loss in column(tmp_path / "parts", "val_loss")] == [1, 1, 0, 1, 0]
 
-
 def calls_of(monkeypatch, block):
     """A list that gets an entry for each call of a block, from the first training loss on."""
     calls = []
     before_loss(monkeypatch, 1, lambda model: model.h[block].ln_1.register_forward_hook(
         lambda *_: calls.append(1)))
     return calls
-
 
 @pytest.mark.parametrize("remedy, flags, calls, close", [
     (["--cache-prefix"], ["--trainable", "last_block,-biases", "--dropout", 0.3], 0, 1e-5),
@@ -220,7 +205,6 @@ def test_what_saves_time_or_memory_changes_no_loss(
     assert {t.dtype for file in (tmp_path / "r").rglob("*.safetensors")
             for t in read_safetensors(file).values()} == {torch.float32}
 
-
 @pytest.mark.parametrize("rounds", [False, True])
 def test_products_of_a_run_are_never_rounded_to_bf16(world, tmp_path, monkeypatch, rounds):
     """torch's setting allows it. Where a CPU makes use of that, here by a patch, it is not set."""
@@ -233,7 +217,6 @@ def test_products_of_a_run_are_never_rounded_to_bf16(world, tmp_path, monkeypatc
     exact = true(x.double(), x.double())
     assert (seen[0][1] - exact).abs().max() < 2e-6 * exact.abs().max()
     assert seen[0][0] == "none" or not rounds
-
 
 def test_a_run_folder_holds_what_the_contract_names(world, tmp_path):
     out, parts = tmp_path / "r", load_parts(world / "records.json")
@@ -270,15 +253,13 @@ def test_a_run_folder_holds_what_the_contract_names(world, tmp_path):
     pytest.importorskip("matplotlib", reason="loss.png is drawn where it is installed")
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
 
-
 def saved_loss(out):
     """The validation loss of what a run has saved: that which it logged."""
-    model, tokenizer = evaluate.load_model(out, "cpu")
+    model, tokenizer = gpt.load_model(out, "cpu")
     val = encode_examples(load_parts(read_json(out / "run.json")["data"]["name"]).val, tokenizer)[0]
     nats, tokens = map(sum, zip(*evaluate.nlls(model, val)))
     assert nats / tokens == pytest.approx(column(out, "val_loss")[-1], rel=1e-6)
     return nats / tokens
-
 
 @pytest.mark.parametrize("name, flags, parts", [
     ("full", ["--max-steps", 3], {"model"}), ("lora", ["--lora-r", 4, "--rslora"], {"adapter"}),
@@ -299,12 +280,11 @@ def test_what_a_run_saves_is_what_it_validated_here_and_in_transformers_and_peft
         config = read_json(out / "adapter" / "adapter_config.json")
         assert config["base_model_name_or_path"] == str(folder)
         theirs = peft.PeftModel.from_pretrained(theirs, out / "adapter")
-    model, tokenizer = evaluate.load_model(out, "cpu")
+    model, tokenizer = gpt.load_model(out, "cpu")
     x = torch.tensor([tokenizer.encode_ordinary("Say it, <now>")])
     torch.testing.assert_close(model(x), theirs.eval()(input_ids=x).logits, atol=2e-6, rtol=1e-5)
     ids = transformers.AutoTokenizer.from_pretrained(folder)("Say it, <now>")["input_ids"]
     assert ids == x[0].tolist()
-
 
 def test_a_run_goes_on_from_the_adapter_or_the_weights_of_another(world, tmp_path):
     for name, more in (("a", ["--lora-r", 2]), ("m", []), ("n", ["--model", tmp_path / "m"]),
@@ -313,7 +293,6 @@ def test_a_run_goes_on_from_the_adapter_or_the_weights_of_another(world, tmp_pat
     a, b, c, m, n = (saved_loss(tmp_path / name) for name in "abcmn")
     assert a > b > c and m > n
     assert read_json(tmp_path / "c" / "run.json")["flags"]["trainable"] == "lora"
-
 
 def test_dropped_and_cut_records_are_counted_and_said_and_limits_hold(world, tmp_path, capsys):
     records = read_json(world / "records.json")
@@ -335,7 +314,6 @@ def test_dropped_and_cut_records_are_counted_and_said_and_limits_hold(world, tmp
         assert re.search(rf"note .*\b{sum(dropped)} rec.* {cut} are cut", capsys.readouterr().out)
         assert found["split"] == "folder" and column(tmp_path / "r", "step") == [*range(1, 8)]
 
-
 @pytest.mark.parametrize("flags, name, rates", [
     (["--model", "tiny", "--data", "tiny"], "tiny-all", (3e-4, 3, 16)),
     (["--lora-r", 2], "model-lora-r2-records", (3e-3, 3, 16)),
@@ -348,7 +326,7 @@ def test_defaults_follow_from_model_policy_rank_and_data(
     monkeypatch.chdir(tmp_path)
     GPT(GPTConfig(257, 156_500, 1, 1, 64)).save_pretrained(
         shutil.copytree(world / "model", "LARGE"))  # ten million parameters
-    monkeypatch.setattr(finetune, "load_parts", lambda name: dataclasses.replace(
+    monkeypatch.setattr(finetune, "load_parts", lambda name: data.Parts._replace(
         (parts := data.load_parts(name)), val=parts.val[:9], test=parts.test[:9]))
     flags = ["--model", world / "model", "--data", world / "records.json", "--max-steps", 3,
              "--device", "cpu", *flags]
@@ -362,15 +340,12 @@ def test_defaults_follow_from_model_policy_rank_and_data(
         assert record["data"]["split"] == "file order" and "2,222,208" in capsys.readouterr().out
         assert len(evaluate.read_records(tmp_path / "runs" / name / "responses.jsonl")) == 9
 
-
 def nudge(model):
     with torch.no_grad():
         model.wte.weight[0, 0] += 1e-6
 
-
 def adam(parameters):
     return torch.optim.AdamW([{"params": list(parameters), "peak": 1e-3}])
-
 
 @pytest.mark.parametrize("loss, action, check, name", [
     (3, nudge, "frozen, but changed", "wte.weight"),
@@ -395,7 +370,6 @@ def test_a_planted_violation_ends_the_run_with_its_name_and_without_a_result(
     assert {path.name for path in (tmp_path / "r").iterdir()} <= {
         "metrics.jsonl", *(["checkpoint.pt"] if loss == 4 or "did not" in check else [])}
 
-
 STOPS = {  # flags, signal, step in which it comes; spans end after the steps 5, 10 and 3, 6, ...
     "Ctrl-C": ([], signal.SIGINT, 7), "last step": (["--trainable", "last:1"], signal.SIGTERM, 15),
     "lora": (["--lora-r", 2, "--lora-dropout", 0.2], signal.SIGTERM, 1),
@@ -407,7 +381,6 @@ STOPS = {  # flags, signal, step in which it comes; spans end after the steps 5,
     "killed": (["--trainable", "lisa:1@3", "--untie-head"], signal.SIGKILL, 11),
     "end of a span": (["--trainable", "lisa:1@3,norms"], signal.SIGTERM, 6),
     "lisa and lora": (["--lora-r", 2, "--trainable", "lora,lisa:1@2"], signal.SIGTERM, 10)}
-
 
 @pytest.mark.parametrize("case", STOPS)
 def test_a_run_that_was_stopped_and_resumed_is_the_uninterrupted_one_bit_for_bit(
@@ -430,7 +403,6 @@ def test_a_run_that_was_stopped_and_resumed_is_the_uninterrupted_one_bit_for_bit
     assert whole["train"]["train_loss"] == resumed["train"]["train_loss"]
     assert not list((tmp_path / "b").glob("checkpoint*"))
 
-
 @pytest.fixture(scope="module")
 def half(world, tmp_path_factory):
     """A run that was stopped after step 7 of 10; its checkpoints are of the steps 6 and 7."""
@@ -439,9 +411,7 @@ def half(world, tmp_path_factory):
     assert stopped(signal.SIGTERM, 7, run, world, out, *flags) == 143
     return out
 
-
 HALF = ["--epochs", 2, "--trainable", "last_block", "--resume"]
-
 
 def test_every_ten_minutes_there_is_a_checkpoint(world, tmp_path, capfd, monkeypatch):
     assert stopped(signal.SIGKILL, 5, run, world, tmp_path / "b") == -signal.SIGKILL
@@ -455,9 +425,7 @@ def test_every_ten_minutes_there_is_a_checkpoint(world, tmp_path, capfd, monkeyp
     assert len(calls) == 11 + 1  # all steps but the first four; the validation
     assert result(tmp_path / "a")[0] == result(tmp_path / "b")[0]
 
-
 flip = lambda content: content[:5000] + bytes([content[5000] ^ 4]) + content[5001:]
-
 
 @pytest.mark.parametrize("damage", [flip, lambda c: c[:-1], lambda c: c[:9], lambda c: b"",
                                     lambda c: c + b"x", None], ids=range(6))
@@ -474,7 +442,6 @@ def test_a_damaged_checkpoint_is_passed_over_by_name_for_the_one_before_if_that_
     assert run(world, none, *HALF) == 1 and len(metrics(none)) == 7  # nothing was begun anew
     error = capsys.readouterr().err
     assert "no intact checkpoint" in error and error.count("\n") == 1
-
 
 @pytest.mark.parametrize("complete", [False, True])
 def test_a_resume_as_another_run_is_refused_with_what_differs(
@@ -503,7 +470,6 @@ def test_a_resume_as_another_run_is_refused_with_what_differs(
     assert run(world, tmp_path / "whole", *HALF[:-1]) == 0
     assert result(out)[0] == result(tmp_path / "whole")[0]
 
-
 @pytest.mark.parametrize("every, plant", [
     (9, lambda ln_f: ln_f.bias.register_hook(lambda g: g / 0)),
     (9, lambda ln_f: ln_f.bias.data.div_(0)), (5, lambda ln_f: ln_f.register_forward_hook(
@@ -521,7 +487,6 @@ def test_numbers_that_are_not_finite_end_the_run_and_its_checkpoint_is_kept(
     assert run(world, tmp_path / "whole", *flags) == 0
     assert result(tmp_path / "r") == result(tmp_path / "whole")
 
-
 def test_on_a_full_disk_the_last_checkpoint_is_kept(world, tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with pytest.MonkeyPatch.context() as patch:
@@ -533,7 +498,6 @@ def test_on_a_full_disk_the_last_checkpoint_is_kept(world, tmp_path):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert run(world, tmp_path / "r", "--resume") == 0
-
 
 def test_overwrite_removes_what_a_run_writes_and_nothing_else(world, tmp_path, monkeypatch):
     """The run answers; of right answers one that has not ended counts as wrong."""

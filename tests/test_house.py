@@ -7,19 +7,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-LINES = {"gpt.py": 460, "data.py": 360, "freeze.py": 350, "lora.py": 280, "finetune.py": 605,
+LINES = {"gpt.py": 460, "data.py": 360, "freeze.py": 350, "lora.py": 280, "finetune.py": 600,
          "evaluate.py": 620}
 GROUND = {"gpt", "data", "freeze", "lora"}
 SIX = GROUND | {"finetune", "evaluate"}
 
-
 def text(path):
     return (ROOT / path).read_text(encoding="utf-8")
 
-
 def lines_of(folder):
     return sum(len(path.read_text(encoding="utf-8").splitlines()) for path in folder.glob("*.py"))
-
 
 def imports(tree, nested):
     """Names of the siblings that a module imports, at its top or anywhere inside."""
@@ -31,18 +28,15 @@ def imports(tree, nested):
             names |= {alias.name for alias in node.names}
     return names & SIX
 
-
 @pytest.mark.parametrize("file, limit", LINES.items())
 def test_each_file_is_within_its_lines_and_columns(file, limit):
     lines = text(file).splitlines()
     assert len(lines) <= limit
     assert max(map(len, lines)) <= 100
 
-
 def test_all_six_together_are_within_their_lines_and_characters():
     assert sum(len(text(file).splitlines()) for file in LINES) <= 2500
-    assert sum(len(text(file)) for file in LINES) <= 128_000
-
+    assert sum(len(text(file)) for file in LINES) <= 125_000
 
 @pytest.mark.parametrize("file", [*LINES, *(f"experiments/{name}.py" for name in
                                             ("choose_layers", "shape_data", "tables"))])
@@ -51,16 +45,14 @@ def test_no_function_is_over_60_lines_but_parse_args(file):
         if isinstance(node, ast.FunctionDef) and node.name != "parse_args":
             assert node.end_lineno - node.lineno < 60, node.name
 
-
 def test_readme_experiments_and_tests_are_within_their_budgets():
     readme = text("README.md")
     assert len(readme.splitlines()) <= 320 and len(readme.split()) <= 2600
     assert lines_of(ROOT / "experiments") <= 700
-    assert lines_of(ROOT / "tests") <= 5030
+    assert lines_of(ROOT / "tests") <= 5000
     assert len(text("tests/bench.py").splitlines()) <= 400
     for path in (*(ROOT / "tests").glob("*.py"), *(ROOT / "experiments").glob("*.py")):
         assert max(map(len, path.read_text(encoding="utf-8").splitlines())) <= 100, path.name
-
 
 def test_imports_point_down():
     for file in LINES:
@@ -73,7 +65,6 @@ def test_imports_point_down():
             assert imports(tree, nested=True) <= GROUND
     assert "finetune" not in set().union(*(imports(ast.parse(text(file)), True) for file in LINES))
 
-
 def test_no_block_of_eight_equal_lines_stands_in_two_files():
     seen = {}
     for file in LINES:
@@ -81,7 +72,6 @@ def test_no_block_of_eight_equal_lines_stands_in_two_files():
         for i in range(len(lines) - 7):
             other = seen.setdefault(tuple(lines[i:i + 8]), file)
             assert other == file, (other, file, lines[i])
-
 
 def test_packages_are_torch_and_tiktoken_alone():
     allowed = {"torch", "tiktoken", "tiktoken_ext", "matplotlib"} | SIX

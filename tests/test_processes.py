@@ -67,12 +67,10 @@ def watched(model, *rest):
 finetune.loss_sum = watched
 """
 
-
 def at_loss(number, action, show=False):
     """A patch: do something before the training loss of this number."""
     code = AT_LOSS.replace("NUMBER", str(number)).replace("ACTION", action)
     return code.replace("PRINT", str(show))
-
 
 MOVE = at_loss(2, "rank and getattr(model.wte.weight, '_local_tensor', model.wte.weight)"
                   ".detach().view(-1)[-1].add_(1e-3)")
@@ -97,18 +95,15 @@ CASES = {  # name: (flags, patch); resumed-X goes on in the folder of X
     "fsdp-moved": (UNEVEN + ["--trainable", "last_block", "--fsdp"], MOVE),
 }
 
-
 def flags_of(world, out, more):
     flags = ["--model", world / "model", "--data", world / "records.json", "--out", out, "--lr",
              "1e-3", "--batch-size", 4, "--device", "cpu", *more]
     return [str(flag) for flag in flags]
 
-
 def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
-
 
 @pytest.fixture(scope="module")
 def runs(world, tmp_path_factory):  # noqa: F811
@@ -136,13 +131,10 @@ def runs(world, tmp_path_factory):  # noqa: F811
     (folder / "codes.json").write_text(json.dumps(codes))
     return folder
 
-
 codes = lambda runs, name: read_json(runs / "codes.json")[name]
-
 
 def errors(runs, name):
     return "".join((runs / f"{name}.err{rank}").read_text() for rank in range(2))
-
 
 @pytest.fixture(scope="module")
 def alone(world, tmp_path_factory):  # noqa: F811
@@ -151,7 +143,6 @@ def alone(world, tmp_path_factory):  # noqa: F811
     for name, flags in EQUAL.items():
         assert run(world, folder / name, *UNEVEN, *flags, "--batch-size", 4, "--grad-accum", 2) == 0
     return folder
-
 
 @pytest.mark.parametrize("name", EQUAL)
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
@@ -168,7 +159,6 @@ def test_two_processes_train_and_prove_what_one_does_with_the_same_batches(runs,
         for tensor in theirs:
             torch.testing.assert_close(ours[tensor], theirs[tensor], rtol=1e-4, atol=1e-5)
 
-
 @pytest.mark.parametrize("name, whole", [("stopped", "fsdp-whole"), ("killed", "whole"),
                                          ("torchrun", "whole")])
 def test_stopped_or_killed_processes_resume_together_bit_for_bit(runs, name, whole):
@@ -177,19 +167,16 @@ def test_stopped_or_killed_processes_resume_together_bit_for_bit(runs, name, who
     assert result(runs / name) == result(runs / whole)
     assert len((runs / name / "responses.jsonl").read_text().splitlines()) == 4
 
-
 def test_a_signal_stops_all_processes_after_the_same_step_and_only_the_first_prints(runs):
     assert codes(runs, "stopped") == [143, 143] and codes(runs, "killed") == [-9, -9]
     assert errors(runs, "stopped") == "" == (runs / "stopped.out1").read_text()
     said = (runs / "stopped.out0").read_text() + codes(runs, "torchrun")[1]
     assert said.count("stopped after step") == 2 and codes(runs, "torchrun")[0] != 0
 
-
 def test_each_process_draws_dropout_masks_of_its_own_in_each_step(runs):
     errors = [(runs / f"whole.err{rank}").read_text() for rank in range(2)]
     seeds = [re.findall(r"(?m)^\d+$", text) for text in errors]  # not the notes of the answers
     assert len(seeds[0]) == len(seeds[1]) == 10 == len({*seeds[0], *seeds[1]}) / 2
-
 
 @pytest.mark.parametrize("case, message", [
     ("wrong", "error: .*last:9"), ("dynamic", "error: --fsdp.*gradual:1"),

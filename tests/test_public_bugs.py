@@ -15,11 +15,11 @@ from torch.nn import functional as F
 from torch.optim import AdamW
 from torch.utils.checkpoint import checkpoint
 
+import data
 from data import TEMPLATES, encode_example, encode_examples, load_parts, load_tokenizer
 from freeze import FreezeError, freeze, resolve, schedule
 from gpt import GPT, GPTConfig, model_folder
 from lora import LoRALinear, add_lora, merge_lora
-
 
 def small(*lora, **config):
     torch.manual_seed(0)
@@ -27,7 +27,6 @@ def small(*lora, **config):
     for name in lora:
         add_lora(model, r=2, name=name)
     return model
-
 
 class Run:
     """A training script; a bug changes its model, or sets another of its attributes."""
@@ -68,37 +67,30 @@ class Run:
             for name in ("check_model", "check_optimizer", "check_unchanged"):
                 self.check(name)
 
-
 def matrices(run, name):
     return [p for n, p in run.model.named_parameters() if "lora_" in n and n.endswith("." + name)]
-
 
 def same_optimizer_in_all_spans(run):  # of what has the flag when it is built, as in a Trainer
     optimizer = run.optimizer
     run.optimizer_over = lambda: optimizer
 
-
 def state_of_all_that_ever_trained(run):
     fresh = run.optimizer_over
     run.optimizer_over = lambda: [o := fresh(), o.state.update(run.optimizer.state)][0]
-
 
 def zero_in_a_hook(run):
     for name in run.plan.frozen:
         run.model.get_parameter(name).requires_grad_(True).register_hook(torch.zeros_like)
     run.optimizer = AdamW(run.model.parameters(), weight_decay=0.1)
 
-
 def checkpoint_reentrantly(run):
     for block in run.model.h:
         block.forward = lambda *x, forward=block.forward: checkpoint(
             forward, *x, use_reentrant=True)
 
-
 def cut_the_graph(run):
     layer = run.model.h[1].mlp.c_fc
     layer.adapt = lambda n, x, y: y + LoRALinear.adapt(layer, n, x, torch.zeros_like(y)).detach()
-
 
 def normalize_with_batch_statistics(run):
     block = run.model.h[0]
@@ -107,7 +99,6 @@ def normalize_with_batch_statistics(run):
     run.rest = lambda: None
     run.plan = freeze(run.model, "last_block")
     run.optimizer = AdamW(run.plan.parameters())
-
 
 LORA, LISA = {"policy": "lora", "lora": ["default"]}, {"policy": "lisa:1@4"}
 TWO, FLAG = {"policy": "*.task*", "lora": ["style", "task"]}, "requires_grad is not as planned: "
@@ -157,7 +148,6 @@ CAUGHT = [  # bug, the check that catches it, what it says, arguments of Run, th
     ("B35", G, "buffers changed: h.0.norm", {"without": [M]}, normalize_with_batch_statistics),
 ]
 
-
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # torch's word on B22
 @pytest.mark.parametrize("bug, check, says, how, plant", CAUGHT, ids=lambda v: str(v)[:40])
 def test_a_public_bug_is_caught_by_its_check_and_without_it_there_is_no_alarm(
@@ -169,7 +159,6 @@ def test_a_public_bug_is_caught_by_its_check_and_without_it_there_is_no_alarm(
         run.prove()
     assert check in [frame.name for frame in caught.traceback]
 
-
 REFUSED = [  # bug, what the ValueError says, the deed
     ("B1", "'last_2_blocks' is unknown; there are", lambda: freeze(small(), "last_2_blocks")),
     ("B15", r"'h.0.mpl.\*' matches no parameter", lambda: freeze(small(), "all,-h.0.mpl.*")),
@@ -180,23 +169,20 @@ REFUSED = [  # bug, what the ValueError says, the deed
     ("B33", "lm_head shares its weight", lambda: add_lora(small(), targets=["lm_head"])),
 ]
 
-
 @pytest.mark.parametrize("bug, says, plant", REFUSED, ids=lambda v: str(v)[:40])
 def test_a_public_bug_is_refused_before_anything_trains(bug, says, plant):
     with pytest.raises(ValueError, match=says):
         plant()
-
 
 def test_B3_a_data_set_is_never_read_from_the_file_of_another(tmp_path, monkeypatch):
     file = tmp_path / "gpt2-finetune" / "data" / "book.json"
     file.parent.mkdir(parents=True)
     file.write_text(json.dumps([{"instruction": "Say it.", "output": "It."}] * 40))
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    monkeypatch.setenv("DATA_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(data, "GITHUB", "http://127.0.0.1:9")
     assert load_parts("book").rows == 40  # stands in run.json
     with pytest.raises(OSError, match="127.0.0.1:9"):
         load_parts("alpaca")
-
 
 @pytest.mark.parametrize("rslora, scale", [(False, 6 / 4), (True, 6 / 4**0.5)])
 def test_B2_B4_every_layer_gets_the_asked_lora_whose_delta_is_alpha_over_r_times_BA(rslora, scale):
@@ -208,12 +194,10 @@ def test_B2_B4_every_layer_gets_the_asked_lora_whose_delta_is_alpha_over_r_times
         A, B = layer.lora_A["default"], nn.init.normal_(layer.lora_B["default"])
         torch.testing.assert_close(layer(x) - before, scale * x @ A.T @ B.T)
 
-
 def test_B6_lora_has_its_closed_form_count_without_the_head():
     model = small("default", tie_word_embeddings=False)
     count = sum(model.get_parameter(name).numel() for name in resolve(model, "lora"))
     assert count == 3 * 2 * ((16 + 48) + (16 + 16) + (16 + 64) + (64 + 16))
-
 
 def test_B34_merging_keeps_the_function_and_happens_once():
     model, ids = small("default"), torch.arange(20).view(2, 10)
@@ -228,7 +212,6 @@ def test_B34_merging_keeps_the_function_and_happens_once():
     with pytest.raises(ValueError, match="no adapter 'default'"):
         merge_lora(model)
 
-
 def test_B37_targets_are_the_response_and_the_end_by_construction():
     tokenizer = load_tokenizer(model_folder("tiny"))
     for output in ("\n\nYes.", ":", " no ", "### Response:\n"):
@@ -238,7 +221,6 @@ def test_B37_targets_are_the_response_and_the_end_by_construction():
             assert tokenizer.decode(supervised) == output + "<|endoftext|>"
     with pytest.raises(ValueError):  # nothing supervised is left
         encode_examples([example], tokenizer, max_length=4)
-
 
 def test_every_bug_of_the_table_has_a_link_and_a_test():
     here, table = Path(__file__).read_text(), (Path(__file__).parent / "README.md").read_text()

@@ -14,13 +14,11 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.M | re.S)
 SHORT = ["--max-steps", "2", "--max-examples", "40", "--device", "cpu"]
 
-
 def commands():
     """Of every block without a language, the lines that start a program, but for what they need."""
     lines = [line for kind, block in BLOCKS if not kind for line in block.splitlines()]
     lines = [line for line in lines if line.startswith(("python ", "torchrun "))]
     return [line.partition("#")[0] for line in lines if "# needs" not in line]
-
 
 def test_every_command_runs_or_says_what_it_needs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -44,7 +42,6 @@ def test_every_command_runs_or_says_what_it_needs(tmp_path, monkeypatch, capsys)
     assert {"finetune.py", "evaluate.py", "data.py", "lora.py"} <= set(scripts)
     assert len(scripts) > 10
 
-
 def test_every_snippet_runs_as_it_stands(tmp_path):
     snippets = [block for kind, block in BLOCKS if kind == "python"]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -53,7 +50,6 @@ def test_every_snippet_runs_as_it_stands(tmp_path):
                               capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     assert len(snippets) >= 3
-
 
 def test_every_link_to_a_file_leads_to_one():
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", README):
