@@ -451,6 +451,9 @@ def run(args):
         f"{len(job.val)} validate, {len(parts.test)} test\n"
         f"model    {args.model} on {machine.device} in {job.recipe.dtype}, lr {job.recipe.lr:g}")
 
+    keep_freed_memory()
+    if not args.compile:  # the compiler insists on the setting's old name
+        use_onednn()
     model.to(machine.device)
     for block in model.h:
         if args.recompute:
@@ -581,10 +584,7 @@ def parse_args(argv=None):
 
 def main(argv=None) -> int:
     args = parse_args(argv)
-    keep_freed_memory()
     try:
-        if not args.compile:  # the compiler insists on the setting's old name
-            use_onednn()
         return run(args)
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
