@@ -1,7 +1,7 @@
 """Instruction data: records, prompts, batches, the tokenizer.
 
 A record becomes prompt ids + response ids + the end token. Prompt and response are tokenized
-apart: their border is exact, and the training prompt is, byte for byte, the prompt in generation.
+apart: their border is exact, the training prompt is byte for byte that of generation.
 Text never becomes a control token.
 
     python data.py --data tiny
@@ -55,7 +55,7 @@ def encode_examples(examples, tokenizer, template="alpaca", max_length=None):
         if len(ids) > len(prompt):
             encoded.append(Encoded(ids, len(prompt)))
             kept.append(i)
-    if not encoded:
+    if not encoded or (max_length or 1) < 1:
         raise ValueError(f"max_length {max_length} leaves no response to {len(examples)} prompts")
     return encoded, kept
 
@@ -185,7 +185,7 @@ def load_parts(path_or_name, split=None) -> Parts:
     notes = [left_out and f"{left_out} records have no output and are left out",
              unused and f"fields that nothing uses: {', '.join(sorted(unused))}",
              seen and f"{seen} of {len(test)} test prompts also stand in the training part"]
-    sha256 = hashlib.sha256(b"".join(map(Path.read_bytes, files))).hexdigest()
+    sha256 = hashlib.sha256(b"\0".join(map(Path.read_bytes, files))).hexdigest()
     positions = [n for n, _ in parts[0]]
     return Parts(train, val, test, positions, split, sha256, sum(counts), [*filter(None, notes)])
 
@@ -302,7 +302,7 @@ def main(argv=None) -> int:
         print("error:", *str(error).split(), file=sys.stderr)
         return 1
     lengths = [len(e.ids) for e in encoded]
-    first, n = encoded[0].ids, encoded[0].n_prompt
+    first, n = encoded[0]
     cut = sum(e.ids[-1] != tokenizer.eot_token for e in encoded)
     padded = sum(len(b) * max(lengths[i] for i in b) for b in batches(lengths, 8, 0, 0))
     print(f"{parts.split}: {len(parts.train)} train, {len(parts.val)} val, {len(parts.test)} test",

@@ -37,7 +37,7 @@ def read_records(path) -> list[dict]:
     raw, records = Path(path).read_bytes() if Path(path).exists() else b"", []
     for n, line in enumerate(raw.splitlines(keepends=True), 1):
         try:
-            records.append(json.loads(line))
+            records.append(json.loads(line[:-1]))  # without its end it is torn
         except ValueError as error:
             if line.endswith(b"\n") or not line.startswith(b"{"):
                 raise ValueError(f"{path}, line {n}: {error}; repair it") from None
@@ -128,7 +128,7 @@ def text_nll(model, ids) -> float:
     size, n = model.config.block_size, len(ids) - 1
     if n < 1:
         raise ValueError("less than two tokens")
-    windows = [SimpleNamespace(ids=ids[i : i + size + 1], n_prompt=1) for i in range(0, n, size)]
+    windows = [SimpleNamespace(ids=ids[i:i + size + 1], n_prompt=1) for i in range(0, n, size)]
     return sum(nats for nats, _ in nlls(model, windows)) / n
 
 def mean(values) -> float | None:
@@ -174,7 +174,8 @@ def parse(reply, field):
     """The score in [[N]] or {"score": N}, the verdict in [[A]]; None for several."""
     reply = re.sub(r"(?is)^.*[<[]/th(ink|ought)\w*[]>]|[<[]th(ink|ought).*", "", reply)
     reply = re.sub(r'"score":\s*"?([-\d.]+)"?\s*[,}]', r"[[\1]]", reply)
-    found = set(re.findall(r"\[\[\s*(.*?)(?:/100)?\s*\]\](?!\s*(?:/|out of) *\d?\d\b)", reply))
+    scale = r"(?!\s*\w*\s*(?:/|out of) *(?:\d?\d|ten)\b)"  # another than 100
+    found = set(re.findall(r"\[\[\s*(.*?)(?:/100)?\s*\]\]" + scale, reply))
     form = {"score": r"(100|\d?\d)(\.0+)?|\d?\d\.\d+", "verdict": "[ABC]"}[field]
     if len(found) == 1 and re.fullmatch(form, stated := found.pop()):
         return float(stated) if field == "score" else stated
@@ -388,8 +389,7 @@ def score_run(name, *how):
             "token_f1": f1, "rouge_l": rouge, "words": len(words(answer)), "never_ended": not ended}
         for group in {"task", "level"} & r.keys():
             groups.setdefault(f"exact_match_{group}_{r[group]}", []).append(row["exact_match"])
-    exact = [row["exact_match"] for row in rows.values()]
-    report = {"n": len(rows), **spread("exact_match", exact)}
+    report = {"n": len(rows)} | spread("exact_match", [r["exact_match"] for r in rows.values()])
     report |= {metric: mean(row[metric] for row in rows.values()) for metric in list(row)[1:]}
     report |= {group: mean(values) for group, values in sorted(groups.items())}
     return SimpleNamespace(folder=folder, rows=rows, report=report | scores)
@@ -467,8 +467,7 @@ def evaluate(args):
             run.report |= compare(pairs)
             run.report |= judge_pairs(pairs, run.folder, judge) if args.pairwise else {}
         write_json(run.folder / "scores.json", run.report)
-        metrics = read_records(run.folder / "metrics.jsonl")
-        if args.plot and metrics:
+        if args.plot and (metrics := read_records(run.folder / "metrics.jsonl")):
             plot_losses(metrics, run.folder / "loss.png")
     print(table(runs))
 

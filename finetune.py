@@ -67,18 +67,18 @@ class Job:
     record: dict  # the head of run.json
     recipe: argparse.Namespace  # its flags
     machine: Machine
-    train: list  # of Encoded
+    train: list
     val: list
     positions: list[int]  # of train in its file
-    order: list[tuple[int, list[int]]]  # of every step: epoch, indices into train
+    order: list[tuple[int, list[int]]]  # epoch, indices of every step
     spans: list[tuple[int, str]]  # (first step, policy)
     prefix: tuple[int, dict] | None = None  # a block, and what enters it
     step: int = 0
     tokens: int = 0
-    seconds: float = 0.0  # spent on steps
+    seconds: float = 0.0
     losses: list[float] = field(default_factory=list)  # of the latest steps
     val_loss: float = math.nan
-    proofs: list[dict] = field(default_factory=list)  # of finished spans
+    proofs: list[dict] = field(default_factory=list)
     logged: int = 0  # bytes of metrics.jsonl
     saved: float = field(default_factory=time.monotonic)  # the last checkpoint
 
@@ -91,7 +91,7 @@ def loss_sum(model, batch, loss_on, machine, prefix=None):
     parts: all logits would be the largest tensor of a step."""
     inputs, targets = collate(batch, loss_on)  # (B, T)
     wanted = (targets.flatten() != -100).nonzero()[:, 0]  # (N,); on the CPU no GPU waits
-    choose_attention(machine.device, machine.dtype, inputs.shape[1])
+    choose_attention(machine.device, inputs.shape[1])
     with machine.autocast():
         if prefix:
             first, known = prefix
@@ -136,13 +136,13 @@ def cache_prefix(model, last, job):
     return cached
 
 def rate_at(step, total, warmup, schedule):
-    """Share of the peak rate at a step from 0, never zero."""
+    """Share of the peak rate at a step from 0; at least 0.01, to survive rounding."""
     warmup = round(warmup if warmup >= 1 else warmup * total)
     if step < warmup:
         return (step + 1) / (warmup + 1)
     done = (step - warmup) / (total - warmup)
     rates = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
-    return rates[schedule]
+    return max(0.01, rates[schedule])
 
 def block_of(name, n_layer):
     """A parameter's block; -1 for the embeddings, n_layer above the blocks."""
@@ -180,7 +180,7 @@ def train(model, plan, optimizer, first, end, job, noted):
         plan.set_modes(model.train())
         share, n, loss = batch[machine.rank::machine.world], n_targets(batch, recipe.loss_on), 0.0
         for i in range(0, math.ceil(len(batch) / machine.world), recipe.batch_size):
-            part = share[i:i + recipe.batch_size]  # may be empty: every process goes as often
+            part = share[i:i + recipe.batch_size]  # empty: a row times 0, to join the sums
             part_loss = loss_sum(model, part or batch[:1], recipe.loss_on, machine, job.prefix)
             part_loss = part_loss * bool(part) / n
             part_loss.backward()
@@ -188,7 +188,7 @@ def train(model, plan, optimizer, first, end, job, noted):
         late = time.monotonic() - job.saved > CHECKPOINT_SECONDS
         sums = torch.tensor([loss, len(noted), late], device=machine.device)
         for tensor in [sums, *(p.grad for p in parameters)] if machine.world > 1 else []:
-            if not hasattr(tensor, "full_tensor"):  # FSDP's are sums already
+            if not (tensor is None or hasattr(tensor, "full_tensor")):  # FSDP's are sums
                 dist.all_reduce(tensor)
         loss, stop, late = sums.tolist()
 
@@ -315,11 +315,10 @@ def put_back(saved, model, plan, optimizer):
 
 def refuse_another_run(then, job):
     """ValueError unless a run.json or its head describes this run."""
-    then, now = ({**r["flags"], "data": r["data"]["sha256"], "weights": r["weights"]}
+    then, now = ({**r["flags"], "data": r["data"]["sha256"], "weights": r.get("weights")}
                  for r in (then, job.record))
     for key in sorted((then | now).keys() - SETTINGS):
-        was, here = then.get(key), now.get(key)
-        if was != here:
+        if (was := then.get(key)) != (here := now.get(key)):
             raise ValueError(f"--resume: {job.out} is another run: {key} was {was}, is {here}")
 
 def join_processes(device, dtype) -> Machine:
@@ -389,8 +388,9 @@ def prepare(flags, parts, model, tokenizer, machine) -> Job:
     recipe.eval_every = recipe.eval_every or max(1, len(order) // 10)
     spans = schedule(recipe.trainable, model.config.n_layer, len(order), len(epochs[0]),
                      recipe.seed)
-    weights = repr(digests(dict(model.named_parameters()))).encode()
-    record = {"flags": flags, "data": data, "weights": hashlib.sha256(weights).hexdigest(),
+    weights = digests(dict(model.named_parameters())), model.config, train_set, val_set
+    weights = hashlib.sha256(repr(weights).encode()).hexdigest()
+    record = {"flags": flags, "data": data, "weights": weights,
               "versions": {"python": sys.version.split()[0], "torch": str(torch.__version__)}}
     return Job(Path(recipe.out), record, recipe, machine, train_set, val_set,
                [parts.positions[i] for i in kept], order, spans)
@@ -419,7 +419,7 @@ def claim(out, resume, overwrite, sources, machine):
     if foreign or any(path and path.resolve().is_relative_to(out.resolve()) for path in sources):
         raise FileExistsError(f"{out} holds what is no run, or the model: take another --out")
     if machine.world > 1:
-        dist.barrier()  # all have seen the folder as it was
+        dist.barrier()  # all have seen it
     if machine.rank == 0 and not resume:
         out.mkdir(parents=True, exist_ok=True)
         for path in [path for name in WRITTEN for path in out.glob(name)]:
@@ -452,7 +452,7 @@ def run(args):
         f"model    {args.model} on {machine.device} in {job.recipe.dtype}, lr {job.recipe.lr:g}")
 
     keep_freed_memory()
-    if not args.compile:  # the compiler insists on the setting's old name
+    if not args.compile:  # which insists on the old name
         use_onednn()
     model.to(machine.device)
     for block in model.h:
@@ -464,13 +464,13 @@ def run(args):
         shard(model, machine)
     if args.cache_prefix:
         job.prefix = layer, cache_prefix(model, layer, job)
-    noted = []  # signals: the step at hand is finished first
+    noted = []  # signals, heeded after the step
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: noted.append(number))
     try:
         train_in_spans(model, job, saved, noted)
     except InterruptedError:
-        say(f"\nstopped after step {job.step}; the same command with --resume goes on")
+        say(f"\nstopped after step {job.step}; --resume goes on")
         return 128 + (noted or [signal.SIGTERM])[0]
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -486,7 +486,8 @@ def run(args):
 
 def finish(job, model, folder, tokenizer, test):
     """Save the model and run.json, then answer the test records."""
-    out, base, memory = job.out, folder, 0
+    out, memory = job.out, 0
+    base = job.recipe.model if job.recipe.model in PUBLISHED else folder
     if job.machine.device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(job.machine.device)
     elif os.name == "posix":
@@ -574,8 +575,9 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
         flag, zero = "--" + name.replace("_", "-"), re.search("drop|weight|warm|clip|seed", name)
-        if type(value) in (int, float) and not (0 < value < 2**62 or value == 0 and zero):
-            parser.error(f"{flag} {value}: must be above zero")
+        top = 1 if "dropout" in name else 2**62
+        if type(value) in (int, float) and not (0 < value < top or value == 0 and zero):
+            parser.error(f"{flag} {value}: out of range")
         if value == "" or "lora" in name and not args.lora_r and value != parser.get_default(name):
             parser.error(f"{flag}: is empty, or has no effect without --lora-r")
     if args.resume and args.overwrite or args.fsdp and args.cache_prefix:

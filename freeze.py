@@ -24,8 +24,8 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-TERMS = ("all, none (first), last_block, last_two_blocks, last:K, first:K, blocks:0-3,7, head, "
-         "last_layer, embeddings, norms, biases, lora, a parameter's name, a pattern with *")
+TERMS = ("all, none (first), last_block, last:K, first:K, blocks:0-3,7, head, embeddings, "
+         "norms, biases, lora, a parameter's name, a pattern with *")
 SAME = {"all": "*", "last_block": "last:1", "last_two_blocks": "last:2", "last_layer": "head"}
 COMMA = re.compile(r",(?!\s*\d+(?:-\d+)?\s*(?:,|$))")  # not the one in blocks:0,2
 ADAPTER = re.compile(r"\blora_")  # in parameters' names, ours and PEFT's

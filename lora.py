@@ -44,7 +44,7 @@ def _select(model, patterns):
     linears = {n: m for n, m in model.named_modules()
                if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
     hit = set()
-    for p in patterns:  # what a name ends in, as in PEFT
+    for p in patterns:  # suffix or regex, as in PEFT
         found = {n for n in linears if re.fullmatch(rf"(.*\.)?({p})", f"transformer.{n}")}
         if not found:
             raise ValueError(f"target {p} hits no linear layer of {', '.join(linears)}")

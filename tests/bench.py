@@ -99,7 +99,7 @@ def switch_off(remedy):
     """Do without a remedy; an error where what does it has another name now."""
     def all_logits(model, batch, loss_on, machine, prefix=None):
         inputs, targets = collate(batch, loss_on)
-        finetune.choose_attention(machine.device, machine.dtype, inputs.shape[1])
+        finetune.choose_attention(machine.device, inputs.shape[1])
         return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), reduction="sum")
 
     file_order = lambda lengths, size, *_: [

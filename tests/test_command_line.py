@@ -82,7 +82,7 @@ REFUSED = """--lora-r 0 | --lora-dropout 0.1 | --lora-alpha 4 | --lora-targets c
     ("--trainable gradual:1,lisa:1@1", 1, "gradual:1,lisa:1@1"), ("--trainable h.0", 1, "h.0"),
     ("--lora-r 2 --trainable last_block", 1, "--lora-r"), ("--fsdp", 1, "--fsdp"),
     ("--lora-r 2 --lora-targets c_foo", 1, "c_foo"), ("--cache-prefix", 1, "--cache-prefix"),
-    ("--fsdp --cache-prefix", 2, "--fsdp and --cache-prefix"),
+    ("--lora-r 2 --lora-dropout 1", 2, "--lora-dropout 1"), ("--fsdp --cache-prefix", 2, "--fsdp"),
     ("--resume", 1, "--resume: no run in"), ("--resume --overwrite", 2, "--resume and"),
     ("--max-length 999", 1, "--max-length"), ("--max-length 9", 1, "max.length"),
     ("--device cuda:77", 1, "--device cuda:77"), ("--device toaster", 1, "--device toaster"),

@@ -202,7 +202,7 @@ def test_a_folder_with_three_parts_is_taken_as_it_is(tmp_path):
     parts = load_parts(tmp_path, split="shuffled")
     assert (parts.split, parts.rows, parts.positions) == ("folder", 6, [0, 1, 2])
     assert (parts.train, parts.val, parts.test) == (everything[:3], everything[3:4], everything[4:])
-    content = b"".join(file.read_bytes() for file in files)
+    content = b"\0".join(file.read_bytes() for file in files)  # where a part ends counts
     assert parts.sha256 == hashlib.sha256(content).hexdigest()
     assert load_examples(tmp_path) == everything
 
@@ -490,6 +490,7 @@ def test_the_script_prints_split_notes_lengths_cuts_padding_and_one_example(here
     (["--data", "ab\nsent.json"], 1, "no ab sent.json"),
     (["--data", "bad.json"], 1, "bad.json: 1 of 1 records are bad: record 1 (line 1): 0 texts"),
     (["--model", "absent"], 1, "absent/vocab.json"), (["--max-length", "2"], 1, "max_length 2"),
+    (["--max-length", "-5"], 1, "max_length -5"),
     (["--template", "llama"], 2, "--template"),
 ])
 def test_what_is_wrong_is_one_line_and_1_for_data_2_for_flags(here, capsys, flags, code, needle):

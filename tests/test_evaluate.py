@@ -110,7 +110,7 @@ def judged(folder, server, *flags, spec="ollama:m"):
     return run(folder, "--judge", spec, "--judge-url", server.url, *flags)
 
 @pytest.mark.parametrize("text, n, left", [
-    ("", 0, ""), ('{"a": 1}\n{"a": 2}', 2, None), ('{"a": 1}\n{"a": 2', 1, '{"a": 1}\n'),
+    ("", 0, ""), ('{"a": 1}\n{"a": 2}', 1, '{"a": 1}\n'), ('{"a": 1}\n{"a": 2', 1, '{"a": 1}\n'),
     ('{"a": 1}\n{', 1, '{"a": 1}\n'), ('{"a": 1\n{"a": 2}\n', "line 1", None),
     ('{"a": 1}\n{"a": 2\n', "line 2", None), ('{"a": 1}\nEND OF FILE', "line 2", None)])
 def test_of_a_file_of_ours_only_a_torn_last_line_is_cut_and_that_is_said(
@@ -295,7 +295,7 @@ def test_a_stated_score_is_read(reply, score):
     "[[.8]]", '{"score": .8}', '{"score": 8e-1}',  # traceroot-py#149
     "[[N/A]]", "[[-]]", "[[²]]", "[[⑧]]", "[[１００]]", "【【85】】",  # water#57, evalscope#1590
     "The list [[1, 2], [3, 4]] is right: [[90]]", "[[85]]\n</think>", "[[85%]]", "[[85,5]]",
-    "[[9]]/10", "Rating: [[7]] / 10", "**Rating**: [[4]] out of 5",  # eval-harness#182
+    "[[9]]/10", "Rating: [[7]] / 10", "[[4]] out of 5", "[[8]] points out of ten",  # eval-harness#182
     "<thinking>perhaps [[50]], but", "<thought>[[50]] or", "[THINK]So [[50]]"])
 def test_nothing_is_clamped_or_guessed(reply):
     assert E.parse(reply, "score") is None
@@ -695,8 +695,6 @@ def test_no_folder_an_interrupt_and_no_sibling_are_one_line(tmp_path, capsys, mo
     assert run(tmp_path) == 130 and "the same command goes on" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "gpt", None)
     assert run(tmp_path) == 1 and "gpt" in capsys.readouterr().err
-
-# ---- servers, as people report them
 
 def chat(text, cut=False, **message):
     return said("/v1/chat/completions", text, cut, **message)

@@ -117,7 +117,7 @@ def plain_run(world, spans, warmup=0, schedule="linear", clip=1.0, weight_decay=
         scale = min(1.0, clip / (norm + 1e-6)) if clip else 1.0
         rate = (step + 1) / (warmup + 1)
         if step >= warmup:
-            rate = FALLING[schedule]((step - warmup) / (len(order) - warmup))
+            rate = max(0.01, FALLING[schedule]((step - warmup) / (len(order) - warmup)))
         for (name, p), g in zip(named.items(), grads):
             m, v, t = moments[name]
             m, v, t = 0.9 * m + 0.1 * g * scale, 0.999 * v + 0.001 * (g * scale)**2, t + 1
@@ -324,8 +324,9 @@ def test_defaults_follow_from_model_policy_rank_and_data(
         world, tmp_path, monkeypatch, capsys, flags, name, rates):
     """Three steps of the default run; that the whole of it is right is shown by tests/bench.py."""
     monkeypatch.chdir(tmp_path)
-    GPT(GPTConfig(257, 156_500, 1, 1, 64)).save_pretrained(
-        shutil.copytree(world / "model", "LARGE"))  # ten million parameters
+    large = shutil.copytree(world / "model", "of ten million parameters")
+    GPT(GPTConfig(257, 156_500, 1, 1, 64)).save_pretrained(large)
+    os.symlink(large, "LARGE")  # which may lead elsewhere tomorrow (huggingface/peft#1932)
     monkeypatch.setattr(finetune, "load_parts", lambda name: data.Parts._replace(
         (parts := data.load_parts(name)), val=parts.val[:9], test=parts.test[:9]))
     flags = ["--model", world / "model", "--data", world / "records.json", "--max-steps", 3,
@@ -335,6 +336,7 @@ def test_defaults_follow_from_model_policy_rank_and_data(
     record = read_json(tmp_path / "runs" / name / "run.json")
     flags = record["flags"]
     assert (flags["lr"], flags["epochs"], flags["batch_size"]) == pytest.approx(rates)
+    assert not flags["model"].endswith("LARGE")
     if name == "tiny-all":
         assert (flags["model"], flags["data"], record["data"]["rows"]) == ("tiny", "tiny", 4500)
         assert record["data"]["split"] == "file order" and "2,222,208" in capsys.readouterr().out
@@ -445,7 +447,7 @@ def test_a_damaged_checkpoint_is_passed_over_by_name_for_the_one_before_if_that_
 
 @pytest.mark.parametrize("complete", [False, True])
 def test_a_resume_as_another_run_is_refused_with_what_differs(
-        world, half, tmp_path, capsys, complete):
+        world, half, tmp_path, capsys, monkeypatch, complete):
     out, other = shutil.copytree(half, tmp_path / "r"), shutil.copytree(world, tmp_path / "other")
     assert not complete or run(world, out, *HALF) == 0
     (other / "records.json").write_text((world / "records.json").read_text().replace("w", "v"))
@@ -469,6 +471,8 @@ def test_a_resume_as_another_run_is_refused_with_what_differs(
     assert ("complete" in capsys.readouterr().out) == complete
     assert run(world, tmp_path / "whole", *HALF[:-1]) == 0
     assert result(out)[0] == result(tmp_path / "whole")[0]
+    monkeypatch.setitem(data.TEMPLATES, "alpaca", data.TEMPLATES["plain"])  # other ids
+    assert run(world, out, *HALF) == 1 and "weights was" in capsys.readouterr().err
 
 @pytest.mark.parametrize("every, plant", [
     (9, lambda ln_f: ln_f.bias.register_hook(lambda g: g / 0)),

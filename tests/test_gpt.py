@@ -525,13 +525,11 @@ def test_the_device_is_chosen_by_name_and_by_what_is_there(monkeypatch):
         pytest.raises(ValueError, choose_device, name).match("--device")
     assert asked == ["cuda:3", "cuda:3", "cuda:1", "gpu"]
 
-def test_short_fp32_texts_on_a_cpu_and_no_others_go_without_the_flash_kernel():
-    cpu, cuda, fp32 = torch.device("cpu"), torch.device("cuda"), torch.float32
-    gpt.choose_attention(cpu, fp32, 100)
-    assert torch.backends.cuda.flash_sdp_enabled()  # MKL multiplies
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
-    for given, flash in (((cpu, fp32, 256), False), ((cpu, fp32, 257), True),
-                         ((cpu, torch.bfloat16, 100), True), ((cuda, fp32, 100), True)):
+def test_where_onednn_multiplies_short_texts_on_a_cpu_go_without_the_flash_kernel():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for precision, *given, flash in (("none", cpu, 100, True), ("bf16", cpu, 256, False),
+                                     ("bf16", cpu, 257, True), ("bf16", cuda, 100, True)):
+        torch.backends.mkldnn.matmul.fp32_precision = precision
         gpt.choose_attention(*given)
         assert torch.backends.cuda.flash_sdp_enabled() == flash
 
