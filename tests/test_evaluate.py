@@ -295,7 +295,7 @@ def test_a_stated_score_is_read(reply, score):
     "[[.8]]", '{"score": .8}', '{"score": 8e-1}',  # traceroot-py#149
     "[[N/A]]", "[[-]]", "[[²]]", "[[⑧]]", "[[１００]]", "【【85】】",  # water#57, evalscope#1590
     "The list [[1, 2], [3, 4]] is right: [[90]]", "[[85]]\n</think>", "[[85%]]", "[[85,5]]",
-    "[[9]]/10", "Rating: [[7]] / 10", "[[4]] out of 5", "[[8]] points out of ten",  # eval-harness#182
+    "[[9]]/10", "Rating: [[7]] / 10", "[[4]] out of 5", "[[8]] points out of ten",  # agent-eval#182
     "<thinking>perhaps [[50]], but", "<thought>[[50]] or", "[THINK]So [[50]]"])
 def test_nothing_is_clamped_or_guessed(reply):
     assert E.parse(reply, "score") is None
