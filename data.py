@@ -18,7 +18,7 @@ import warnings
 from collections import namedtuple
 from pathlib import Path
 
-warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # by import torch
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")
 import tiktoken
 import torch
 from tiktoken_ext.openai_public import r50k_pat_str
@@ -203,7 +203,7 @@ def _files(name):
         path = cache / f"gpt2-finetune/data/{name}.json"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            if not path.is_file():  # whole or not at all
+            if not path.is_file():
                 torch.hub.download_url_to_file(url, path, sha256, progress=False)
         except (OSError, RuntimeError) as error:
             raise FileNotFoundError(f"{url}: {error}; or put it into {path}")

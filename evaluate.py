@@ -24,7 +24,7 @@ from types import SimpleNamespace
 from unicodedata import category, normalize
 from urllib.parse import urlsplit
 
-warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # by import torch
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")
 import torch
 from torch.nn.functional import cross_entropy
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # by import torch
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F

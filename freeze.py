@@ -18,9 +18,11 @@ import hashlib
 import random
 import re
 import sys
+import warnings
 from collections import Counter
 from fnmatch import fnmatchcase
 
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")
 import torch
 from torch import nn
 
@@ -102,7 +104,7 @@ def resolve(model: nn.Module, policy: str) -> set[str]:
             raise ValueError(f"{term!r} matches no parameter (lora: add adapters first)")
         for name in sorted(found):
             if (other := first[memory[name]]) not in found:
-                raise ValueError(f"{term!r} means {name}, which is tied to {other}: name both, or "
+                raise ValueError(f"{term!r} means {name}, which is tied to {other}: name that, or "
                                  "untie them (--untie-head, tie_word_embeddings=False)")
         found = {n for n in named if first[memory[n]] in found}
         if minus and not found & trainable:
@@ -165,7 +167,7 @@ def depends_on_mode(module):
     return drops or hasattr(module, "running_mean") or hasattr(module, "lora_A")
 
 def refuse(names, what, remedy):
-    """FreezeError, with the first five names, if there are any."""
+    """FreezeError with the first five names, if any."""
     if names := sorted(names):
         more = f" and {len(names) - 5} more" * (len(names) > 5)
         raise FreezeError(f"{what}: {', '.join(names[:5])}{more}; {remedy}")

@@ -309,7 +309,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     tensors = {}
     for path in folder.glob("model*.safetensors"):
         part = read_safetensors(path)
-        while part:  # to save memory
+        while part:
             name, t = part.popitem()
             name = name.removeprefix("transformer.")
             if name.endswith((".attn.bias", ".attn.masked_bias")):

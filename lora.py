@@ -2,8 +2,7 @@
 
     y = W x + b + s B A x     A [r, in], B [out, r], s = alpha / r; rsLoRA: alpha / sqrt(r)
 
-An adapted layer stays the nn.Linear it was, its weight with the same name and storage. Nothing
-here freezes a parameter. Folders are PEFT's.
+An adapted layer stays the nn.Linear it was, its weight's name and storage too. Folders are PEFT's.
 
     python lora.py merge --base tiny --adapter runs/X=0.5 runs/Y=0.5 --out merged
 """
@@ -11,8 +10,10 @@ here freezes a parameter. Folders are PEFT's.
 import argparse
 import re
 import sys
+import warnings
 from pathlib import Path
 
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")
 import torch
 from torch import nn
 

@@ -121,7 +121,7 @@ def test_a_policy_trains_exactly_its_names_and_a_clean_run_raises_no_alarm(polic
 
 WRONG = [  # policies (";" between them), the model, what the message says
     ("head;all,-head;last_layer;lm_head*;l*;all,-lm_head*;lm_head.weight", {},
-     "lm_head.weight, which is tied to wte.weight: name both, or untie them (--untie-head"),
+     "lm_head.weight, which is tied to wte.weight: name that, or untie them (--untie-head"),
     ("lora", {}, "'lora' matches no parameter (lora: add adapters first)"),
     ("all,-foo*", {}, "'foo*' matches no parameter"),
     ("last_blok;Last_block;ln_f;last;none ,all,none", {}, " is unknown; there are all, none"),
@@ -324,7 +324,7 @@ def test_on_a_model_with_peft_adapters_lora_means_these_and_the_other_terms_the_
 def test_parameters_over_the_same_memory_share_a_fate_and_neighbours_in_a_storage_do_not():
     model = small(**UNTIED)  # two parameters, so both are listed: what `is` would not see
     model.lm_head.weight = nn.Parameter(model.wte.weight.data.view(VOCAB, 8))
-    tied = "lm_head.weight, which is tied to wte.weight: name both"
+    tied = "lm_head.weight, which is tied to wte.weight: name that"
     agrees(model, {"head": tied, "all,-head": tied, "last_block": blocks(2) | LN_F,
                    "embeddings": EMBEDDINGS | HEAD, "all,-embeddings": ALL - EMBEDDINGS})
     flat, model = torch.randn(12), nn.Module()
