@@ -449,7 +449,7 @@ def evaluate(args):
     from gpt import choose_device, load_model, write_json
     device, judge = choose_device(args.device), None
     if args.plot:
-        import matplotlib  # an error before the work
+        import matplotlib  # or an early error
     if args.ask:
         for name in args.runs:
             template = run_info(name, args.template)["flags"]["template"]

@@ -452,7 +452,7 @@ def run(args):
         f"model    {args.model} on {machine.device} in {job.recipe.dtype}, lr {job.recipe.lr:g}")
 
     keep_freed_memory()
-    if not args.compile:  # which insists on the old name
+    if not args.compile:  # it wants the setting's old name
         use_onednn()
     model.to(machine.device)
     for block in model.h:

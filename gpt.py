@@ -18,8 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib import request
 
-warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # by import torch
-
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -123,7 +122,7 @@ class GPT(nn.Module):
         config, tensors = read_config(folder), read_weights(folder)
         wte, head = tensors.get("wte.weight"), tensors.get("lm_head.weight")
         tied = config.tie_word_embeddings and (wte is None or head is None or wte.equal(head))
-        if tied:  # stored under either name
+        if tied:  # under either name
             tensors["wte.weight"] = tensors["lm_head.weight"] = head if wte is None else wte
         if tied and tie_word_embeddings is False:
             tied, tensors["lm_head.weight"] = False, tensors["wte.weight"].clone()
@@ -146,9 +145,9 @@ class GPT(nn.Module):
                 tensors[key] = p.t() if name.endswith(CONV1D) else p
             elif not base_only:
                 raise ValueError(f"{name} belongs to an adapter: merge it first")
-        write_safetensors(f"{folder}/model.safetensors", tensors)
+        write_safetensors(Path(folder, "model.safetensors"), tensors)
         eos_id = config.vocab_size - 1 if eos_id is None else eos_id
-        write_json(f"{folder}/config.json", {
+        write_json(Path(folder, "config.json"), {
             "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "eos_token_id": eos_id,
             "n_positions": config.block_size, **vars(config)})
 
@@ -295,10 +294,9 @@ def read_config(folder: Path) -> GPTConfig:
     """ValueError for settings that would change the logits."""
     raw = read_json(folder / "config.json")
     raw["block_size"] = raw.get("n_positions", 1024)
-    supported = {
-        "model_type": ["gpt2"], "activation_function": ["gelu_new", "gelu_pytorch_tanh"],
-        "scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False],
-        "num_attention_heads": [None]}
+    supported = {"model_type": ["gpt2"], "activation_function": ["gelu_new", "gelu_pytorch_tanh"],
+                 "scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False],
+                 "num_attention_heads": [None]}
     for key, values in supported.items():
         if raw.get(key, values[0]) not in values:
             raise ValueError(f"{folder}: {key} {raw[key]!r} is not {values[0]!r}")
@@ -323,7 +321,7 @@ def read_safetensors(path) -> dict[str, Tensor]:
     """Name -> tensor, on the CPU. ValueError for another kind of file."""
     tensors = {}
     try:
-        with open(path, "rb") as file:  # not mapped: pages would count as memory
+        with open(path, "rb") as file:  # not mapped: pages count as memory
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
@@ -363,12 +361,13 @@ def replacing(path):
         with open(temp, "w+b") as file:
             yield file
         os.replace(temp, path)
-    except RuntimeError as error:  # torch.save's, of a full disk
+    except RuntimeError as error:  # of a full disk
         raise OSError(f"{path}: {error.__context__ or error}") from None
     finally:
         temp.unlink(missing_ok=True)
 
 def read_json(path) -> dict:
+    """ValueError names the file."""
     try:
         return json.loads(Path(path).read_text("utf-8"))
     except ValueError as error:
@@ -379,7 +378,8 @@ def write_json(path, value):
     with replacing(path) as file:
         file.write(json.dumps(value, indent=2).encode() + b"\n")
 
-class Redirects(request.HTTPRedirectHandler):  # keeps the hub's headers
+class Redirects(request.HTTPRedirectHandler):
+    """Keeps the hub's headers."""
     said = {}
     def redirect_request(self, *args):
         self.said = args[4]
@@ -440,7 +440,7 @@ def main(argv=None) -> int:
     flag = parser.add_argument
     flag("--model", default="tiny", help="folder, run or name (tiny)")
     flag("--prompt", required=True, help="text to continue")
-    flag("--max-new-tokens", type=int, default=50, help="at most so many (50)")
+    flag("--max-new-tokens", type=int, default=50, help="at most (50)")
     flag("--temperature", type=float, default=0.0, help="0: the likeliest")
     flag("--top-k", type=int, help="draw from the k likeliest")
     flag("--top-p", type=float, help="draw from the fewest that reach p")
