@@ -5,7 +5,6 @@ canaries, answers of known grade, show whether it is fit.
 
     python evaluate.py runs/tiny-all
     python evaluate.py tiny runs/tiny-all --judge ollama:llama3.2 --pairwise
-    python evaluate.py runs/tiny-all --ask "Name a fruit."
 """
 
 import argparse

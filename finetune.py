@@ -5,7 +5,6 @@ same weights, interrupted or not.
 
     python finetune.py  # the embedded model and data
     python finetune.py --lora-r 16 --model gpt2 --data my-records.json
-    torchrun --nproc_per_node=2 finetune.py --fsdp
 """
 
 import argparse
@@ -530,7 +529,7 @@ def parse_args(argv=None):
         "Adapters alone: tenfold lr; beside weights, ten times theirs.")
     group, switch = parser.add_argument_group, {"action": "store_true"}
     add = group("what").add_argument
-    add("--model", default="tiny", help="a model, a run, tiny, gpt2, gpt2-medium, ...")
+    add("--model", default="tiny", help="a model, a run, tiny, gpt2, ...")
     add("--data", default="tiny", help="a file, a folder of parts, tiny, book, alpaca")
     add("--out", help="run folder (runs/MODEL-POLICY)")
     add = group("which weights").add_argument
@@ -560,7 +559,7 @@ def parse_args(argv=None):
     add("--seed", type=int, default=123, help="of order, adapters and dropout (123)")
     add("--max-steps", type=int, help="stop after so many")
     add = group("machine").add_argument
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--device", default="auto", help="auto, cpu, cuda:1, mps")
     add("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="of matrix products")
     add("--compile", **switch, help="the blocks: slow start, then faster")
     add("--cache-prefix", **switch, help="run the frozen lower blocks once")

@@ -37,21 +37,24 @@ is_norm = lambda module: "norm" in type(module).__name__.lower()  # LayerNorm, R
 class FreezeError(RuntimeError):
     """What trains, or what has changed, is not what the policy says."""
 
-def find_blocks(model: nn.Module) -> list[str]:
-    """Names of the blocks, from the input up: the longest list of modules of one class, or [].
-    ValueError if another list is as long, or of the same class."""
-    lists, within = [], ()  # within: beginnings of the names in blocks
+def find_stacks(model):
+    """The longest list of modules of one class, by names, with those as long or of its class."""
+    lists, within = [], ()  # inside the blocks so far
     for name, module in model.named_modules():
         listed = isinstance(module, (nn.ModuleList, nn.Sequential)) and [*module.parameters()]
         alike = len(set(map(type, module.children()))) == 1
         if listed and alike and not f"{name}.".startswith(within):
             lists.append([f"{name}.{leaf}".lstrip(".") for leaf, _ in module.named_children()])
             within += tuple(f"{block}." for block in lists[-1] if len(lists[-1]) > 1)
-    *others, blocks = sorted(lists, key=len) or [[]]
     kind = lambda names: type(model.get_submodule(names[0]))
-    for other in others:
-        if len(other) == len(blocks) or kind(other) is kind(blocks):
-            raise ValueError(f"blocks like {blocks[0]} and like {other[0]}: say which by patterns")
+    top = max(lists, key=len, default=[])
+    return [names for names in lists if len(names) == len(top) or kind(names) is kind(top)]
+
+def find_blocks(model: nn.Module) -> list[str]:
+    """Names of the blocks, from the input up, or []; ValueError if there are two stacks."""
+    blocks, *others = find_stacks(model) or [[]]
+    if others:
+        raise ValueError(f"blocks like {blocks[0]} and like {others[0][0]}: say which by patterns")
     return blocks
 
 def chosen_blocks(term, blocks):
@@ -76,9 +79,11 @@ def matching(model, term, names):
         return set(filter(kinds[term], names if term == "lora" else base))
     if term == "head":  # what get_output_embeddings gives, else the last linear outside the blocks
         output = getattr(model, "get_output_embeddings", lambda: None)()
-        blocks = tuple(f"{block}." for block in find_blocks(model)) if output is None else ()
+        blocks = tuple(f"{block}." for stack in find_stacks(model) for block in stack)
         heads = [n for n, m in model.named_modules() if m is output or output is None and not
                  f"{n}.".startswith(blocks) and isinstance(m, nn.Linear) and not ADAPTER.search(n)]
+        if output is None and len(heads) > 1:
+            find_blocks(model)  # two stacks: an error
         return {n for n in base if heads and n.startswith(f"{heads[-1]}.")}
     if term.startswith(("last:", "first:", "blocks:")):
         chosen = chosen_blocks(term, find_blocks(model))

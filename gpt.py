@@ -410,7 +410,7 @@ def choose_device(name: str) -> torch.device:
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError):
-        raise ValueError(f"--device {name}: not here; try auto, cpu, cuda, cuda:1, mps") from None
+        raise ValueError(f"--device {name}: not here; try auto, cpu, cuda:1, mps") from None
 
 def choose_attention(device, length: int):
     """On CPUs where oneDNN multiplies, up to 1.75 times as fast without flash on short texts."""

@@ -206,7 +206,7 @@ def run(args):
 
 def main(argv=None) -> int:
     quiet = {"usage": argparse.SUPPRESS}
-    parser = argparse.ArgumentParser(**quiet, description="Show or merge LoRA adapters.")
+    parser = argparse.ArgumentParser(**quiet)
     commands = parser.add_subparsers(dest="command", required=True, prog="lora.py")
     commands.add_parser("show", **quiet).add_argument("folder")
     merge = commands.add_parser("merge", **quiet)
