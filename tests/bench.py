@@ -318,6 +318,27 @@ def bench_tiny(args) -> None:
     report("tiny, default run", f"{run:.0f} s, {exact:.1%} exact, forgets {lost:.2f} nats", "", "",
            "", "60 s, 96 %, 0.4", MET[run < 60 and exact >= 0.96 and lost < 0.4])
 
+def prove(blocks) -> tuple:
+    """GB of a model in bf16, seconds of freeze and check_unchanged on one core, GiB beyond it."""
+    torch.set_num_threads(1)
+    model = torch.nn.Sequential(*(torch.nn.Linear(4096, 4096, dtype=torch.bfloat16)
+                                  for _ in range(blocks)))
+    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    before, began = peak(), clock()
+    plan = freeze.freeze(model, "last:1")
+    for p in plan.parameters():
+        p.data += 1
+    plan.check_unchanged(model)
+    seconds = clock() - began
+    return sum(p.nbytes for p in model.parameters()) / 1e9, seconds, peak() - before
+
+def bench_proof(args) -> None:
+    """Proofs of growing models; the last has 1 B parameters."""
+    for blocks in (2,) if args.quick else (8, 15, 30, 60):
+        size, seconds, more = once(prove, blocks)
+        report(f"proof of {size:.2f} GB, one core", f"{seconds / size:.2f} s a GB", "",
+               f"+{more:.2f}", "", "3 s a GB, 0.1 GiB", MET[seconds < 3 * size and more < 0.1])
+
 def bench_gpu(args) -> None:
     """GPT-2 medium's shape on a GPU, beside transformers and PEFT."""
     args = argparse.Namespace(**vars(args) | {"folder": f"{args.folder}/medium"})
@@ -330,11 +351,13 @@ def bench_gpu(args) -> None:
     for size, row in [(size, row) for size, rows in GPU for row in rows if not args.gpu]:
         report(f"{row.name}, cuda {size}", "not measured here: no GPU")
 
+OTHERS = {"tiny": bench_tiny, "proof": bench_proof, "gpu": bench_gpu}
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description="Speed and memory as a Markdown table.")
     add = parser.add_argument
-    add("--only", default=",".join([*CPU, "tiny", "gpu"]), help="rows: of %(default)s")
+    add("--only", default=",".join(CPU | OTHERS), help="rows: of %(default)s")
     add("--ablate", nargs="?", const=",".join(REMEDIES), metavar="NAMES",
         help=f"with and without each remedy: {', '.join(REMEDIES)}")
     add("--steps", type=int, default=12, help="measured, in a round")
@@ -349,7 +372,7 @@ def main() -> None:
         print_head(args)
         for name in (args.ablate or args.only).split(","):
             try:
-                rows = (CPU | REMEDIES | {"tiny": bench_tiny, "gpu": bench_gpu})[name]
+                rows = (CPU | REMEDIES | OTHERS)[name]
                 rows(args) if callable(rows) else compare(args, rows)
             except Exception as error:
                 report(name, f"not measured: {type(error).__name__}: {error}")

@@ -171,6 +171,12 @@ def build(kind, task="ForCausalLM", **more):
         sizes |= dict(vocab_size=31, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     return getattr(T, kind + task)(getattr(T, f"{kind}Config")(**{**sizes, **more}))
 
+def vision(name, **sizes):
+    """A model of torchvision with five classes."""
+    models = pytest.importorskip("torchvision.models", exc_type=Exception,
+                                 reason="torchvision is not installed, or not for this torch")
+    return getattr(models, name)(num_classes=5, **sizes)
+
 gpt2 = lambda **more: build("GPT2", "LMHeadModel", n_positions=16, **more)
 encoder = lambda: nn.TransformerEncoder(
     nn.TransformerEncoderLayer(8, 2, 12), 3, nn.LayerNorm(8), enable_nested_tensor=False)
@@ -198,14 +204,21 @@ OTHERS = {  # build; blocks, their matrices, norms and tensors; the norm after t
             "layernorm_before layernorm_after", BOTH, "vit.layernorm",
             {"embeddings": NO, "head": of("", "classifier"), "more biases": {
                 "classifier.bias", "vit.embeddings.patch_embeddings.projection.bias"}}),
+    "ViT of torchvision": (
+        lambda: vision("VisionTransformer", image_size=8, patch_size=4, num_layers=3, num_heads=2,
+                       hidden_dim=8, mlp_dim=12),
+        "encoder.layers.encoder_layer_", "self_attention.out_proj mlp.0 mlp.3", "ln_1 ln_2", BOTH,
+        "encoder.ln", {"embeddings": NO, "head": of("", "heads.head"), "more in": "self_attention",
+                       "more biases": {"conv_proj.bias", "heads.head.bias"}}),
     "nn.TransformerEncoder": (encoder, "layers.", "linear1 linear2 self_attn.out_proj",
-                              "norm1 norm2", BOTH, "norm", {"embeddings": NO, "head": NO}),
+                              "norm1 norm2", BOTH, "norm",
+                              {"embeddings": NO, "head": NO, "more in": "self_attn"}),
     "nn.Sequential": (sequential, "", "0", "1", BOTH, None, {"embeddings": NO, "head": NO}),
 }
 for kind, task, norms, head in (
         ("Llama", "ForCausalLM", "", HEAD), ("Mistral", "ForCausalLM", "", HEAD),
         ("Llama", "ForSequenceClassification", "", {"score.weight"}),
-        ("Qwen3", "ForCausalLM", " self_attn.q_norm self_attn.k_norm", HEAD),
+        ("Gemma", "ForCausalLM", "", "tied"), ("Qwen3", "ForCausalLM", " self_attn.q_norm self_attn.k_norm", HEAD),
         ("Gemma2", "ForCausalLM", " pre_feedforward_layernorm post_feedforward_layernorm", "tied")):
     OTHERS[kind + task] = (
         lambda kind=kind, task=task: build(kind, task, num_key_value_heads=1, head_dim=4),
@@ -227,8 +240,9 @@ def test_terms_mean_the_same_on_other_models(name):
 
     def block(*indices, modules=f"{matrices} {norms}"):
         found = set().union(*(of(f"{prefix}{i}.", modules, leaves) for i in indices))
-        attention = [f"layers.{i}.self_attn.in_proj_" for i in indices if modules != norms]
-        return found | {a + x for a in attention for x in leaves.split() if make is encoder}
+        attention = "more in" in terms and modules != norms  # query, key and value in one
+        return found | {f"{prefix}{i}.{terms['more in']}.in_proj_{leaf}"
+                        for i in indices for leaf in leaves.split() if attention}
 
     final = of("", last_norm, leaves) if last_norm else set()
     all_norms = final | block(0, 1, 2, modules=norms) | terms.get("more norms", set())
@@ -258,6 +272,18 @@ def test_terms_on_mamba_and_on_models_of_two_stacks_which_ask_for_patterns():
         which = f"blocks like .*{name}.*: say which by patterns"
         inside = {n for n, _ in model.named_parameters() if n.startswith(f"{name}.")}
         agrees(model, {"last:1": which, "blocks:0": which, f"{name}.*": inside})
+    agrees(clip, {"head": "blocks like .*: say which by patterns"})
+
+def test_terms_on_a_resnet_whose_stages_are_stacks_of_one_class():
+    model = vision("resnet18")
+    norms = of("", "bn1").union(*(of(f"layer{i}.{j}.", "bn1 bn2") for i in (1, 2, 3, 4)
+                                  for j in (0, 1)), *(of(f"layer{i}.0.downsample.", "1")
+                                                      for i in (2, 3, 4)))
+    convolutions = [f"{i}.conv{j}.weight" for i in (0, 1) for j in (1, 2)]
+    last = {n for n in norms if n.startswith("layer4.")} | {"layer4.0.downsample.0.weight"}
+    agrees(model, {"head": of("", "fc"), "norms": norms, "embeddings": NO,
+                   "last:1": "blocks like layer1.0 and like layer2.0: say which by patterns",
+                   "layer4.*": last | {f"layer4.{name}" for name in convolutions}})
 
 class Part(nn.Module):
     """A block with a longer list of modules in it."""
@@ -296,6 +322,8 @@ def test_terms_mean_no_more_than_they_say():
     agrees(model, {"last:1": of("h.", "1"), "head": of("", "pool"), "norms": of("", "before norm")})
     agrees(small(n_layer=11), {"blocks:1": blocks(1)})
     agrees(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), {"head": NO, "last:1": of("", "1")})
+    agrees(nn.ModuleDict({"a": encoder(), "b": encoder(), "out": nn.Linear(8, 2)}), {
+        "head": of("", "out"), "last:1": "blocks like a.layers.0 and like b.layers.0: say which"})
     adapted = {"low": nn.Linear(2, 2), "lora_A": nn.Linear(2, 2), "lora_norm": nn.LayerNorm(2)}
     agrees(nn.ModuleDict(adapted), {"biases": {"low.bias"}, "norms": NO, "head": of("", "low"),
                                     "lora": of("", "lora_A lora_norm")})

@@ -4,8 +4,8 @@ A run of each trainer passes and trains what the policy says; a violation of eac
 after the first update, is caught when it happens. Then public bugs, in the version installed: the
 proof speaks if and only if they still happen. tests/README.md has the table, with links."""
 
-import importlib
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -292,3 +292,7 @@ def test_the_proof_speaks_of_a_frameworks_bug_if_and_only_if_it_happens(bug, say
             prove()
     else:
         prove()
+
+def test_every_bug_of_a_framework_stands_in_the_table():
+    table = (Path(__file__).parent / "README.md").read_text(encoding="utf-8")
+    assert not [bug for bug in BUGS if f"[#{bug.partition('#')[2]}](https://github.com" not in table]
