@@ -18,7 +18,7 @@ import warnings
 from collections import namedtuple
 from pathlib import Path
 
-warnings.filterwarnings("ignore", "Failed to initialize NumPy")
+warnings.filterwarnings("ignore", ".*NumPy")
 import tiktoken
 import torch
 from tiktoken_ext.openai_public import r50k_pat_str
@@ -59,7 +59,7 @@ def encode_examples(examples, tokenizer, template="alpaca", max_length=None):
         raise ValueError(f"max_length {max_length} leaves no response to {len(examples)} prompts")
     return encoded, kept
 
-def marker_note(tokenizer, template) -> str | None:
+def marker_note(tokenizer, template):
     """A line on the template's markers that are control tokens of the tokenizer."""
     own = sorted(t for t in tokenizer.special_tokens_set if t in "".join(TEMPLATES[template]))
     return f"in template {template}, {', '.join(own)} stays text" if own else None
@@ -286,7 +286,6 @@ def copy_tokenizer(source, target):
             Path(target, path.name).write_bytes(path.read_bytes())
 
 def main(argv=None) -> int:
-    """Show data as the model sees it."""
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)
     flag = parser.add_argument
     flag("--data", default="tiny", help="file, folder, tiny, book or alpaca")

@@ -23,15 +23,14 @@ from types import SimpleNamespace
 from unicodedata import category, normalize
 from urllib.parse import urlsplit
 
-warnings.filterwarnings("ignore", "Failed to initialize NumPy")
+warnings.filterwarnings("ignore", ".*NumPy")
 import torch
 from torch.nn.functional import cross_entropy
 
 def note(text):
-    """To stderr."""
     print("note:", *text.split(), file=sys.stderr)
 
-def read_records(path) -> list[dict]:
+def read_records(path):
     """Of a file of ours, or []. A torn last line, left by a kill, is cut off."""
     raw, records = Path(path).read_bytes() if Path(path).exists() else b"", []
     for n, line in enumerate(raw.splitlines(keepends=True), 1):
@@ -87,7 +86,7 @@ def exact_match(prediction: str, reference: str) -> bool:
         prediction = found[1] if found else ""
     return normalize("NFC", prediction).strip() == normalize("NFC", reference).strip()
 
-def words(text: str) -> list[str]:
+def words(text):
     """Lower-cased, with their combining marks; Thai, kana and Han by character."""
     unspaced = "[\u0e00-\u0eff\u3005-\u30ff\u3400-\u9fff\uff66-\uff9f\U00020000-\U0003ffff]"
     text, kinds = normalize("NFC", text).lower(), ""
@@ -122,7 +121,7 @@ def nlls(model, encoded):
         results.append((nats.item(), len(targets)))
     return results
 
-def text_nll(model, ids) -> float:
+def text_nll(model, ids):
     """Nats per token of a plain text, each window of block_size by itself."""
     size, n = model.config.block_size, len(ids) - 1
     if n < 1:
@@ -130,19 +129,18 @@ def text_nll(model, ids) -> float:
     windows = [SimpleNamespace(ids=ids[i:i + size + 1], n_prompt=1) for i in range(0, n, size)]
     return sum(nats for nats, _ in nlls(model, windows)) / n
 
-def mean(values) -> float | None:
+def mean(values):
     """Of what is not None."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
 
-def interval(values) -> list[float] | None:
+def interval(values):
     """95 % bootstrap interval [low, high] of the mean; None for one value."""
     n, rng = len(values), random.Random(123)
     means = sorted(sum(rng.choices(values, k=n)) / n for _ in range(2000 * (n > 1)))
     return [means[50], means[-51]] if means else None
 
 def spread(name, values):
-    """The mean and its interval."""
     return {name: mean(values), f"{name}_interval": interval(values)}
 
 PROMPT = """\
@@ -317,7 +315,6 @@ def judge_pairs(pairs, folder, judge):
             "pairs_flipped": mean(pair not in agreed for pair in both)}
 
 def compare(pairs):
-    """Second minus first."""
     result = {"compared": len(pairs)}
     for metric in ("exact_match", "token_f1", "rouge_l", "judge"):
         both = [(a.get(metric), b.get(metric)) for a, b in pairs.values()]

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-warnings.filterwarnings("ignore", "Failed to initialize NumPy")
+warnings.filterwarnings("ignore", ".*NumPy")
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -101,10 +101,8 @@ def loss_sum(model, batch, loss_on, machine, prefix=None):
         hidden = hidden.flatten(0, 1)[wanted.to(machine.device)]  # (B, T, C) -> (N, C)
         targets = targets.flatten()[wanted].to(machine.device)
         loss = lambda h, t: F.cross_entropy(model.lm_head(h).float(), t, reduction="sum")
-        if len(wanted) <= HEAD_ROWS:
-            return loss(hidden, targets)
-        parts = zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS))
-        return sum(checkpoint(loss, h, t, use_reentrant=False) for h, t in parts)
+        part = partial(checkpoint, loss, use_reentrant=False) if len(wanted) > HEAD_ROWS else loss
+        return sum(map(part, hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS)))
 
 def chunks(encoded, size):
     """Sorted by length."""
@@ -183,18 +181,15 @@ def train(model, plan, optimizer, first, end, job, noted):
             part_loss = loss_sum(model, part or batch[:1], recipe.loss_on, machine, job.prefix)
             part_loss = part_loss * bool(part) / n
             part_loss.backward()
-            loss += part_loss.item()
+            loss = loss + part_loss.detach()
         late = time.monotonic() - job.saved > CHECKPOINT_SECONDS
-        sums = torch.tensor([loss, len(noted), late], device=machine.device)
+        sums = torch.stack([loss, loss.new_full((), len(noted)), loss.new_full((), late)])
         for tensor in [sums, *(p.grad for p in parameters)] if machine.world > 1 else []:
             if not (tensor is None or hasattr(tensor, "full_tensor")):  # FSDP's are sums
                 dist.all_reduce(tensor)
-        loss, stop, late = sums.tolist()
 
         # The update: clipping, the checks of the first two steps, the rate, the step.
-        norm = float(whole(nn.utils.clip_grad_norm_(parameters, recipe.clip or math.inf)))
-        if not math.isfinite(loss + norm):
-            raise ArithmeticError(f"step {step + 1}: loss {loss}, gradient {norm}; lower --lr")
+        norm = whole(nn.utils.clip_grad_norm_(parameters, recipe.clip or math.inf))
         if step < first + 2:
             plan.check_gradients(model, step - first + 1)
         rate = rate_at(step, total, recipe.warmup, recipe.schedule)
@@ -202,6 +197,7 @@ def train(model, plan, optimizer, first, end, job, noted):
             group["lr"] = group["peak"] * rate
         optimizer.step()
         optimizer.zero_grad()
+        loss, stop, late, norm = torch.stack([*sums, norm]).tolist()  # the GPU is waited for
 
         # Log, validate, checkpoint.
         job.step = step + 1
@@ -211,8 +207,8 @@ def train(model, plan, optimizer, first, end, job, noted):
         validated = job.step == total or job.step % recipe.eval_every == 0
         if validated:
             job.val_loss = mean_loss(model, job)
-            if not math.isfinite(job.val_loss):
-                raise ArithmeticError(f"step {step + 1}: val loss {job.val_loss}; lower --lr")
+        if not math.isfinite(loss + norm + (validated and job.val_loss)):
+            raise ArithmeticError(f"step {job.step}: {loss=} {norm=} {job.val_loss=}; lower --lr")
         log(job, epoch + 1, loss, rate, norm, indices, validated)
         due = job.step % recipe.checkpoint_every == 0 if recipe.checkpoint_every else late
         if stop or due and job.step < total:
@@ -223,15 +219,19 @@ def train(model, plan, optimizer, first, end, job, noted):
         if stop:
             raise InterruptedError
 
+def compile_training(block):
+    """Not for validation, answers and single rows, each a case more: there are at most three."""
+    plain, fast = block.forward, torch.compile(block.forward, dynamic=True)
+    block.forward = lambda x, cache=None: (
+        fast(x) if torch.is_grad_enabled() and len(x) > 1 else plain(x, cache))
+
 def train_in_spans(model, job, saved, noted):
     """Train and prove each span under its own plan; the first goes on from checkpoint `saved`."""
     optimizer, ends = None, [first for first, _ in job.spans[1:]] + [len(job.order)]
     for (first, policy), end in list(zip(job.spans, ends))[len(job.proofs):]:
         plan = freeze(model, policy)
         optimizer = build_optimizer(model, plan, job.recipe, optimizer)
-        if saved:
-            put_back(saved, model, plan, optimizer)
-        saved = None
+        saved = saved and put_back(saved, model, plan, optimizer)  # None from then on
         if first == 0:
             say(f"freeze   {plan.summary()}")
         plan.set_modes(model.train())
@@ -320,7 +320,7 @@ def refuse_another_run(then, job):
         if (was := then.get(key)) != (here := now.get(key)):
             raise ValueError(f"--resume: {job.out} is another run: {key} was {was}, is {here}")
 
-def join_processes(device, dtype) -> Machine:
+def join_processes(device, dtype):
     """This process among those of torchrun, or alone. Only the first prints."""
     place, world = choose_device(device), int(os.environ.get("WORLD_SIZE", 1))
     cuda = place.type == "cuda"
@@ -364,7 +364,7 @@ def fill_in(flags, model, machine):
             flags[key] = str(Path(flags[key]).resolve())
     return flags | {"dtype": str(machine.dtype).partition(".")[2], "processes": machine.world}
 
-def prepare(flags, parts, model, tokenizer, machine) -> Job:
+def prepare(flags, parts, model, tokenizer, machine):
     """The run's examples, the order of its steps, its spans."""
     recipe = argparse.Namespace(**flags)
     if recipe.max_length > model.config.block_size:
@@ -432,8 +432,7 @@ def run(args):
     (folder, adapter), parts = locate(args.model), load_parts(args.data)
     if args.untie_head and not read_config(folder).tie_word_embeddings:
         raise ValueError("--untie-head: the head is not tied")
-    tie = False if args.untie_head else None
-    model, tokenizer = load_model(args.model, "cpu", args.dropout, tie)
+    model, tokenizer = load_model(args.model, "cpu", args.dropout, args.untie_head)
     torch.manual_seed(args.seed)
     if args.lora_r:
         add_lora(model, args.lora_r, args.lora_alpha or 2 * args.lora_r,
@@ -448,7 +447,8 @@ def run(args):
     saved = load_checkpoint(job, model) if args.resume else None
     say(f"data     {args.data}: {parts.rows} records ({parts.split}); {len(job.train)} train, "
         f"{len(job.val)} validate, {len(parts.test)} test\n"
-        f"model    {args.model} on {machine.device} in {job.recipe.dtype}, lr {job.recipe.lr:g}")
+        f"model    {args.model} on {machine.device} in {job.recipe.dtype}, lr {job.recipe.lr:g}"
+        + "; compiling takes a minute" * args.compile)
 
     keep_freed_memory()
     if not args.compile:  # it wants the setting's old name
@@ -458,7 +458,7 @@ def run(args):
         if args.recompute:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         if args.compile:
-            block.compile(dynamic=True)
+            compile_training(block)
     if args.fsdp:
         shard(model, machine)
     if args.cache_prefix:
@@ -487,12 +487,11 @@ def finish(job, model, folder, tokenizer, test):
     """Save the model and run.json, then answer the test records."""
     out, memory = job.out, 0
     base = job.recipe.model if job.recipe.model in PUBLISHED else folder
+    with suppress(ImportError):  # on Windows
+        from resource import RUSAGE_SELF, getrusage
+        memory = getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     if job.machine.device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(job.machine.device)
-    elif os.name == "posix":
-        import resource
-        unit = 1 if sys.platform == "darwin" else 1024
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     limit = min(model.config.block_size, 2 * max(len(e.ids) - e.n_prompt for e in job.train))
     figures = {"steps": job.step, "train_loss": sum(job.losses) / len(job.losses),
                "val_loss": job.val_loss, "exact_match": None, "seconds": round(job.seconds, 3),

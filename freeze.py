@@ -20,9 +20,10 @@ import re
 import sys
 import warnings
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 
-warnings.filterwarnings("ignore", "Failed to initialize NumPy")
+warnings.filterwarnings("ignore", ".*NumPy")
 import torch
 from torch import nn
 
@@ -145,13 +146,15 @@ def whole(tensor):
 
 def digests(named):
     """{name: sha256 of dtype, shape and bytes}: equal for bit-identical tensors alone."""
-    result = {}
-    for name, t in named.items():
+    def digest(t):
         t = whole(t.detach()).cpu().contiguous()
         sha = hashlib.sha256(f"{t.dtype} {tuple(t.shape)} ".encode())
         sha.update((ctypes.c_char * t.nbytes).from_address(t.data_ptr()))  # no copy
-        result[name] = sha.hexdigest()
-    return result
+        return sha.hexdigest()
+
+    with ThreadPoolExecutor() as pool:  # but where processes must keep step
+        sharded = any(hasattr(t, "full_tensor") for t in named.values())
+        return dict(zip(named, (map if sharded else pool.map)(digest, named.values())))
 
 def resting_modules(model):
     """Names of the wholly frozen modules, which belong in eval mode. One without parameters, as a
@@ -305,7 +308,6 @@ def table(plan: Plan) -> str:
     return "\n".join(f"{unit:24} {trains[unit]:13,} of {total[unit]:13,}" for unit in total)
 
 def main(argv=None) -> int:
-    """Print what a policy would train."""
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)
     flag = parser.add_argument
     flag("--model", default="tiny", help="model folder or name")

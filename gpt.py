@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib import request
 
-warnings.filterwarnings("ignore", "Failed to initialize NumPy")
+warnings.filterwarnings("ignore", ".*NumPy")
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -159,7 +159,7 @@ class KVCache:
         self.positions = self.length.new_zeros(batch_size, 0)
         self.stored = {}  # layer -> (2, B, H, max_length, D)
 
-    def advance(self, T: int) -> Tensor:
+    def advance(self, T):
         """Positions (B, T) of T more tokens; sets the mask (B, 1, T, S) of what they see."""
         new = self.length[:, None] + torch.arange(T, device=self.length.device)
         self.length = self.length + T
@@ -167,7 +167,7 @@ class KVCache:
         self.mask = (self.positions[:, None] <= new[..., None])[:, None]
         return new
 
-    def append(self, layer, k: Tensor, v: Tensor):
+    def append(self, layer, k, v):
         """Store new keys and values (B, H, T, D); returns all (B, H, S, D), and the mask."""
         (B, H, T, D), S = k.shape, self.positions.shape[1]
         if layer not in self.stored:
@@ -176,12 +176,12 @@ class KVCache:
         keys[:, :, -T:], values[:, :, -T:] = k, v
         return keys, values, self.mask
 
-    def select(self, rows: list[int]):
+    def select(self, rows):
         """Keep these rows; one may come several times."""
         self.length, self.positions = self.length[rows], self.positions[rows]
         self.stored = {layer: kv[:, rows] for layer, kv in self.stored.items()}
 
-def sample(logits: Tensor, temperature=0.0, top_k=None, top_p=None, rng=None) -> Tensor:
+def sample(logits, temperature=0.0, top_k=None, top_p=None, rng=None):
     """(B, V) -> ids (B,): the likeliest, or drawn from top_k, cut at top_p (arXiv 1904.09751)."""
     if temperature == 0:
         return logits.argmax(-1)
@@ -269,7 +269,7 @@ def model_folder(name) -> Path:
     hints = [hint for pattern, hint in HINTS.items() if has(pattern)]
     raise FileNotFoundError(f"{folder}: no model, nor tiny, {', '.join(PUBLISHED)}{''.join(hints)}")
 
-def locate(name) -> tuple[Path, Path | None]:
+def locate(name):
     """Model folder and adapter folder (or None) of a name, a folder or a run."""
     run, model = Path(name), Path(name, "model")
     if not (run / "adapter").is_dir():
@@ -277,12 +277,12 @@ def locate(name) -> tuple[Path, Path | None]:
     base = model if model.is_dir() else read_json(run / "run.json")["flags"]["model"]
     return locate(base)[0], run / "adapter"
 
-def load_model(name, device="cpu", dropout=0.0, tie=None):
+def load_model(name, device="cpu", dropout=0.0, untie=False):
     """(model with its adapter, in eval mode; tokenizer) of a name, a folder or a run."""
     from data import load_tokenizer
     from lora import load_lora
     folder, adapter = locate(name)
-    model = GPT.from_pretrained(folder, dropout, tie)
+    model = GPT.from_pretrained(folder, dropout, False if untie else None)
     if adapter:
         load_lora(model, adapter)
     tokenizer, V = load_tokenizer(folder), model.config.vocab_size
@@ -290,7 +290,7 @@ def load_model(name, device="cpu", dropout=0.0, tie=None):
         raise ValueError(f"{folder}: its tokenizer has {tokenizer.n_vocab} ids, the model {V}")
     return model.to(device).eval(), tokenizer
 
-def read_config(folder: Path) -> GPTConfig:
+def read_config(folder) -> GPTConfig:
     """ValueError for settings that would change the logits."""
     raw = read_json(folder / "config.json")
     raw["block_size"] = raw.get("n_positions", 1024)
@@ -302,7 +302,7 @@ def read_config(folder: Path) -> GPTConfig:
             raise ValueError(f"{folder}: {key} {raw[key]!r} is not {values[0]!r}")
     return GPTConfig(**{key: raw[key] for key in vars(GPTConfig()) if key in raw})
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
+def read_weights(folder):
     """Our name -> float32 tensor, [out, in], from all shards."""
     tensors = {}
     for path in folder.glob("model*.safetensors"):
@@ -366,7 +366,7 @@ def replacing(path):
     finally:
         temp.unlink(missing_ok=True)
 
-def read_json(path) -> dict:
+def read_json(path):
     """ValueError names the file."""
     try:
         return json.loads(Path(path).read_text("utf-8"))
@@ -385,7 +385,7 @@ class Redirects(request.HTTPRedirectHandler):
         self.said = args[4]
         return super().redirect_request(*args)
 
-def download(url: str, path: Path):
+def download(url, path):
     """Fetch a file whole or not at all; OSError unless size and sha256 are as stated."""
     hub, sha256 = Redirects(), hashlib.sha256()
     try:
@@ -405,14 +405,14 @@ def choose_device(name: str) -> torch.device:
     """cuda under torchrun: each process its own. ValueError if it is not here."""
     if name == "auto":
         name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
+    torch.backends.cuda.enable_cudnn_sdp(False)  # plans anew for every length
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError):
         raise ValueError(f"--device {name}: not here; try auto, cpu, cuda:1, mps") from None
 
-def choose_attention(device, length: int):
+def choose_attention(device, length):
     """On CPUs where oneDNN multiplies, up to 1.75 times as fast without flash on short texts."""
     onednn = torch.backends.mkldnn.matmul.fp32_precision == "bf16"
     short = device.type == "cpu" and length <= 256
@@ -422,7 +422,7 @@ def keep_freed_memory():
     """glibc would give it back after each step; oneDNN would keep some for each text length."""
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "24")
     os.environ.setdefault("LRU_CACHE_CAPACITY", "1")
-    if os.name == "posix" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+    if mallopt := getattr(ctypes.pythonapi, "mallopt", None):
         mallopt(-3, 1 << 30) or mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD; old glibc: 32 MiB
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: none
 

@@ -13,7 +13,7 @@ import sys
 import warnings
 from pathlib import Path
 
-warnings.filterwarnings("ignore", "Failed to initialize NumPy")
+warnings.filterwarnings("ignore", ".*NumPy")
 import torch
 from torch import nn
 
@@ -183,7 +183,6 @@ def load_lora(model, folder, name="default"):
     model.load_state_dict(tensors, strict=False)
 
 def run(args):
-    """Show or merge."""
     if args.command == "show":
         print(*_read_adapter(args.folder)[0].items(), sep="\n")
         return

@@ -106,7 +106,7 @@ def switch_off(remedy):
         [*range(i, i + size)] for i in range(0, len(lengths), size)]  # none is left over
     AdamW = torch.optim.AdamW
     defaults = dict.fromkeys(["ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"], "1024")
-    patches = {"mallopt": mock.patch("ctypes.CDLL", lambda name: None),
+    patches = {"mallopt": mock.patch("ctypes.pythonapi", None),
                "caches": mock.patch.dict(os.environ, defaults),
                "products": mock.patch("finetune.use_onednn", lambda: None),
                "flash": mock.patch("finetune.choose_attention", lambda *args: None),
