@@ -25,12 +25,11 @@ WTE = "transformer.wte.weight"
 
 @pytest.fixture
 def model():
-    """Weights far from their init, biases and norms too: no term of the sum is invisible."""
+    """Weights far from their init, so that no term is invisible, and exact in half precision."""
     torch.manual_seed(0)
     model = GPT(SMALL).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.25)
+    for p in model.parameters():
+        p.data.add_(torch.randn_like(p) * 0.25).mul_(64).round_().div_(64)
     return model
 
 @pytest.fixture
@@ -53,47 +52,37 @@ def edit(folder, change):
     change(tensors)
     write_safetensors(folder / "model.safetensors", tensors)
 
-def test_logits_equal_those_of_transformers(folder, model):
-    transformers = pytest.importorskip("transformers", reason="the oracle is transformers")
-    edit_config(folder, layer_norm_epsilon=1e-3)
-    ours = GPT.from_pretrained(folder).eval()
-    theirs, info = transformers.GPT2LMHeadModel.from_pretrained(folder, output_loading_info=True)
-    assert not any(info.values()), info  # no missing, unexpected or mismatched key
-    x = ids(3, 20)
-    with torch.no_grad():
-        torch.testing.assert_close(ours(x), theirs.eval()(x).logits, atol=2e-6, rtol=0)
-
-@pytest.mark.parametrize("writer", ["save_pretrained", "save_model"])
-def test_a_folder_saved_by_transformers_loads_with_its_logits(tmp_path, writer):
+def test_logits_equal_those_of_transformers_whichever_wrote_the_folder(folder, tmp_path):
     transformers = pytest.importorskip("transformers", reason="the oracle is transformers")
     library = pytest.importorskip("safetensors.torch", reason="save_model is safetensors'")
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=61, n_positions=24, n_embd=32, n_layer=2, n_head=4)).eval()
-    theirs.save_pretrained(tmp_path)
-    if writer == "save_model":  # keeps lm_head.weight and leaves the tied wte.weight out
-        library.save_model(theirs, str(tmp_path / "model.safetensors"))
-        assert WTE not in files(tmp_path)
-    ours, x = GPT.from_pretrained(tmp_path).eval(), ids(2, 24)
-    assert ours.lm_head.weight is ours.wte.weight
-    with torch.no_grad():
-        torch.testing.assert_close(ours(x), theirs(x).logits, atol=2e-6, rtol=0)
+    edit_config(folder, layer_norm_epsilon=1e-3)
+    read, info = transformers.GPT2LMHeadModel.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info  # no missing, unexpected or mismatched key
+    new = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=61, n_positions=24, n_embd=32, n_layer=2, n_head=4))
+    for path in (tmp_path / "whole", tmp_path / "headed"):
+        new.save_pretrained(path)
+    library.save_model(new, str(path / "model.safetensors"))  # lm_head.weight, not the tied wte
+    assert WTE not in files(path)
+    for path, theirs in ((folder, read), (tmp_path / "whole", new), (path, new)):
+        ours, x = GPT.from_pretrained(path).eval(), ids(3, 24)
+        assert ours.lm_head.weight is ours.wte.weight
+        torch.testing.assert_close(ours(x), theirs.eval()(x).logits, atol=2e-6, rtol=0)
 
 def test_a_block_equals_torch_transformer_encoder_layer(model):
     C, block = SMALL.n_embd, model.h[0]
     layer = torch.nn.TransformerEncoderLayer(
         C, SMALL.n_head, 4 * C, dropout=0.0, batch_first=True, norm_first=True,
         activation=lambda x: F.gelu(x, approximate="tanh"))
-    theirs = {name.replace("in_proj_", "in_proj."): p for name, p in layer.named_parameters()}
-    names = {"self_attn.in_proj": "attn.c_attn", "self_attn.out_proj": "attn.c_proj",
-             "linear1": "mlp.c_fc", "linear2": "mlp.c_proj", "norm1": "ln_1", "norm2": "ln_2"}
+    names = {"self_attn.in_proj_": "attn.c_attn.", "self_attn.out_proj.": "attn.c_proj.",
+             "linear1.": "mlp.c_fc.", "linear2.": "mlp.c_proj.", "norm1.": "ln_1.",
+             "norm2.": "ln_2."}
     x = torch.randn(2, 11, C, generator=torch.Generator().manual_seed(3))
     mask = torch.nn.Transformer.generate_square_subsequent_mask(11)
-    with torch.no_grad():
-        for name, p in theirs.items():
-            module, leaf = name.rsplit(".", 1)
-            p.copy_(block.get_parameter(f"{names[module]}.{leaf}"))
-        expected = layer(x, src_mask=mask, is_causal=True)
-        torch.testing.assert_close(block(x), expected, atol=2e-6, rtol=0)
+    layer.load_state_dict({theirs + leaf: block.get_parameter(ours + leaf)
+                           for theirs, ours in names.items() for leaf in ("weight", "bias")})
+    expected = layer(x, src_mask=mask, is_causal=True)
+    torch.testing.assert_close(block(x), expected, atol=2e-6, rtol=0)
 
 def test_blocks_run_in_two_parts_give_the_bits_of_one(model):
     x = ids(2, 9)
@@ -103,8 +92,7 @@ def test_blocks_run_in_two_parts_give_the_bits_of_one(model):
         assert torch.equal(model.lm_head(model.ln_f(hidden)), model(x))
 
 @pytest.mark.parametrize("n_embd, n_layer, n_head, count", [
-    (768, 12, 12, 124_439_808), (1024, 24, 16, 354_823_168), (1280, 36, 20, 774_030_080),
-    (1600, 48, 25, 1_557_611_200), (768, 6, 12, 81_912_576)])
+    (768, 12, 12, 124_439_808), (1600, 48, 25, 1_557_611_200), (768, 6, 12, 81_912_576)])
 def test_parameter_counts_are_those_published(n_embd, n_layer, n_head, count):
     with torch.device("meta"):
         model = GPT(GPTConfig(n_embd=n_embd, n_layer=n_layer, n_head=n_head))
@@ -133,36 +121,24 @@ def test_dropout_acts_at_each_of_its_four_places_and_in_training_only(folder, si
     assert not torch.equal(model(x), model(x))
     assert torch.equal(model.eval()(x), model(x))
 
+@torch.no_grad()
 def test_cached_logits_equal_full_logits_at_every_split(model):
     x = ids(2, 14)
-    with torch.no_grad():
-        for split in range(1, 14):
-            cache = KVCache(2, 14)
-            parts = [model.features(x[:, :split], cache), model.features(x[:, split:], cache)]
-            logits = model.lm_head(torch.cat(parts, dim=1))
-            torch.testing.assert_close(logits, model(x), atol=2e-6, rtol=0)
+    for split in range(1, 14):
+        cache = KVCache(2, 14)
+        parts = [model.features(x[:, :split], cache), model.features(x[:, split:], cache)]
+        logits = model.lm_head(torch.cat(parts, dim=1))
+        torch.testing.assert_close(logits, model(x), atol=2e-6, rtol=0)
 
-def one_by_one(model, prompt, n, eos_id=None):
+def one_by_one(model, prompt, n):
     """Generation as the definition has it: the whole text again for each token."""
     text = list(prompt)
-    while len(text) < len(prompt) + n and len(text) < SMALL.block_size:
-        with torch.no_grad():
-            token = int(model(torch.tensor([text]))[0, -1].argmax())
-        if token == eos_id:
-            break
-        text.append(token)
+    while len(text) < min(len(prompt) + n, SMALL.block_size):
+        text.append(int(model(torch.tensor([text]))[0, -1].argmax()))
     return text[len(prompt):]
 
-PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3, 5], [8], list(range(20)), list(range(23))]
-ROOM = [9, 9, 9, 4, 1]  # of nine new ids each; the last two fill the block
-
-def test_a_batch_gives_what_each_prompt_gives_alone_up_to_its_eos_or_a_full_block(model):
-    free = generate(model, PROMPTS, 9)
-    assert [len(answer) for answer in free] == ROOM
-    assert generate(model, PROMPTS, 99) == [one_by_one(model, p, 99) for p in PROMPTS]
-    for eos_id in (None, free[0][4], free[1][2], free[2][0]):
-        expected = [one_by_one(model, p, 9, eos_id) for p in PROMPTS]
-        assert generate(model, PROMPTS, 9, eos_id=eos_id) == expected
+def ended(answers, eos_id):
+    return [a[:a.index(eos_id)] if eos_id in a else a for a in answers]
 
 def watch(model):
     """A list of the numbers of tokens that the model is given, call by call."""
@@ -173,17 +149,23 @@ def watch(model):
     model.wte.register_forward_hook(hook)
     return counts
 
-def test_rows_that_have_ended_cost_nothing_and_change_no_other_row(model):
-    prompts = [*PROMPTS, *([7, 7, 7, n] for n in range(12))]
-    free = generate(model, prompts, 9)
+PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3, 5], [8], list(range(20)), list(range(23)),
+           *([7, 7, 7, n] for n in range(12))]
+ROOM = [9, 9, 9, 4, 1] + [9] * 12  # of nine new ids each; the fourth and fifth fill the block
+
+def test_a_batch_gives_what_each_prompt_gives_alone_and_rows_that_have_ended_cost_nothing(model):
+    free, state = [one_by_one(model, p, 9) for p in PROMPTS], torch.random.get_rng_state()
+    assert [len(answer) for answer in free] == ROOM
+    assert generate(model, PROMPTS, 99) == [one_by_one(model, p, 99) for p in PROMPTS]
     counts = watch(model)
-    for eos_id in {a[3] for a in free if len(a) > 3}:
+    for eos_id in (None, *{token for answer in free for token in answer}):
         counts.clear()
-        stopped = generate(model, prompts, 9, eos_id=eos_id)
-        assert stopped == [a[:a.index(eos_id)] if eos_id in a else a for a in free]
+        stopped = generate(model, PROMPTS, 9, eos_id=eos_id)
+        assert stopped == ended(free, eos_id)
         # After the prompts: each answer's tokens, of which the last one is not fed back.
-        fed = [min(len(a), room - 1) for a, room in zip(stopped, ROOM + [9] * 12)]
+        fed = [min(len(a), room - 1) for a, room in zip(stopped, ROOM)]
         assert sum(counts[1:]) == sum(fed)
+    assert torch.equal(torch.random.get_rng_state(), state)  # the likeliest is not drawn
 
 def test_what_all_prompts_begin_with_is_computed_once(model):
     prompts = [[1, 2, 3, 4, 5, n] for n in range(6)] + [[1, 2, 3, 4, 5]]
@@ -213,12 +195,10 @@ def test_adapters_chosen_for_each_row_stay_with_their_rows(model):
     layer.active = active
     assert generate(model, prompts, 9) == expected
     for eos_id in {e[n] for e in expected for n in (1, 4)}:  # rows leave at different times
-        cut = [e[:e.index(eos_id)] if eos_id in e else e for e in expected]
-        assert generate(model, prompts, 9, eos_id=eos_id) == cut
+        assert generate(model, prompts, 9, eos_id=eos_id) == ended(expected, eos_id)
         assert layer.active is active == [0.0, 1.0, -2.0, 3.0]
 
-def test_generation_is_without_dropout_and_leaves_modules_as_they_were_also_after_an_error(
-        model, folder):
+def test_generation_has_no_dropout_and_leaves_modules_as_they_were_even_after_errors(model, folder):
     other, rows = GPT.from_pretrained(folder, dropout=0.5), [0.0] * len(PROMPTS)
     other.h[0].eval()
     layer = other.h[2].mlp.dropout = PerRow(rows)
@@ -232,36 +212,24 @@ def test_generation_is_without_dropout_and_leaves_modules_as_they_were_also_afte
     modes = [m.training for m in (other, other.h[1], other.h[0], other.h[0].attn)]
     assert modes == [True, True, False, False] and layer.active is rows
 
-def test_sampling_is_reproducible_by_seed_and_greedy_generation_draws_nothing(model):
-    draw = lambda seed: generate(model, PROMPTS, 8, temperature=1.5, seed=seed)
-    assert draw(1) == draw(1) != draw(2)
-    state = torch.random.get_rng_state()
-    generate(model, PROMPTS, 3)
-    assert torch.equal(torch.random.get_rng_state(), state)
+FOUR = [.5, .3, .15, .05]
 
-DRAWN = [  # logits, temperature, top_k, top_p -> which ids are drawn
-    ([0.0] * 6, 1.0, 2, None, 2), ([0.0] * 4, 1.0, None, 0.5, 2), ([0.0] * 4, 1.0, None, 0.51, 3),
-    ([.5, .3, .15, .05], 1.0, None, 0.4, [0]), ([.5, .3, .15, .05], 1.0, None, 0.6, [0, 1]),
-    ([.5, .3, .15, .05], 1.0, None, 1.0, [0, 1, 2, 3]), ([.5, .3, .15, .05], 1.0, 2, 0.6, [0]),
-    ([.05, .3, .5, .15], 1.0, 2, None, [1, 2]), ([.2, .5, .3], 0.0, None, None, [1]),
-    ([.2, .5, .3], 1e-3, None, None, [1]), ([.2, .5, .3], 1.0, 9, None, [0, 1, 2])]
-
-@pytest.mark.parametrize("values, temperature, top_k, top_p, expected", DRAWN)
-def test_top_k_keeps_k_also_among_equals_and_top_p_the_fewest_that_reach_p(
-        values, temperature, top_k, top_p, expected):
-    logits = torch.tensor(values)
-    logits = (logits.log() if logits.any() else logits).expand(4000, -1)
-    rng = torch.Generator().manual_seed(0)
-    drawn = sample(logits, temperature, top_k, top_p, rng).unique().tolist()
-    assert drawn == expected if isinstance(expected, list) else len(drawn) == expected
-
-def test_ids_are_drawn_as_often_as_their_probability_says():
-    logits, rng = torch.tensor([0.5, 0.3, 0.2]).log(), torch.Generator().manual_seed(0)
-    for temperature in (0.5, 1.0, 2.0):
-        drawn = sample(logits.expand(40_000, 3), temperature, rng=rng)
-        share = drawn.bincount(minlength=3) / 40_000
-        expected = (logits / temperature).softmax(-1)
-        torch.testing.assert_close(share, expected, atol=0.01, rtol=0)  # four deviations
+@pytest.mark.parametrize("odds, options, expected", [  # each share, or how many of equals
+    ([1.0] * 6, dict(top_k=2), 2), ([1.0] * 4, dict(top_p=0.5), 2), ([1.0] * 4, dict(top_p=.51), 3),
+    (FOUR, dict(top_p=0.6), [.625, .375, 0, 0]), (FOUR, dict(top_p=1.0), FOUR),
+    (FOUR, dict(top_k=2, top_p=0.6), [1, 0, 0, 0]), (FOUR[::-1], dict(top_k=2), [0, 0, .375, .625]),
+    ([2, 5, 3], dict(temperature=0.0), [0, 1, 0]), ([2, 5, 3], dict(temperature=1e-3), [0, 1, 0]),
+    ([2, 5, 3], dict(temperature=0.5, top_k=9), [4 / 38, 25 / 38, 9 / 38]),
+    ([8, 2], dict(temperature=2.0), [2 / 3, 1 / 3])])
+def test_ids_are_drawn_by_their_odds_from_k_or_the_fewest_that_reach_p(odds, options, expected):
+    logits, rng = torch.tensor(odds).log().expand(40_000, -1), torch.Generator().manual_seed(0)
+    drawn = sample(logits, **{"temperature": 1.0, "rng": rng, **options})
+    share = drawn.bincount(minlength=len(odds)) / 40_000
+    if isinstance(expected, int):
+        assert share.count_nonzero() == expected
+    else:  # within four deviations
+        assert share.tolist() == pytest.approx(expected, abs=0.01, rel=0)
+        assert [s > 0 for s in share] == [e > 0 for e in expected]
 
 @pytest.mark.parametrize("change", [
     dict(prompts=[[1], []]), dict(prompts=[list(range(24))]), dict(max_new_tokens=0),
@@ -293,27 +261,32 @@ def older(tensors):  # without prefix, and with the mask as buffers
         tensors[f"h.{i}.attn.bias"] = torch.ones(1, 1, 24, 24).tril()
         tensors[f"h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
 
+def sharded(folder):
+    tensors = [*files(folder).items()]
+    (folder / "model.safetensors").unlink()
+    for i, part in enumerate((tensors[:9], tensors[9:]), 1):
+        path = folder / f"model-0000{i}-of-00002.safetensors"
+        write_safetensors(path, dict(part))
+    return path
+
 @pytest.mark.parametrize("change", [
-    older, lambda t: t.update({"lm_head.weight": t[WTE].clone()}),
-    lambda t: t.update({"lm_head.weight": t.pop(WTE)}),
-    *(lambda t, dtype=dtype: t.update({name: p.to(dtype) for name, p in t.items()})
+    sharded, lambda f: edit(f, older),
+    lambda f: edit(f, lambda t: t.update({"lm_head.weight": t[WTE].clone()})),
+    *(lambda f, dtype=dtype: edit(f, lambda t: t.update({n: p.to(dtype) for n, p in t.items()}))
       for dtype in (torch.float16, torch.bfloat16, torch.float64))])
 def test_files_in_other_forms_load_as_the_same_tied_model_in_float32(model, folder, change):
-    edit(folder, change)
+    change(folder)
     edit_config(folder, n_inner=128, activation_function="gelu_pytorch_tanh", n_ctx=7)
     loaded, x = GPT.from_pretrained(folder).eval(), ids(1, 9)
     assert loaded.lm_head.weight is loaded.wte.weight
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
-    torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=0.05)
-    rounded = {"float16", "bfloat16"} & {str(t.dtype)[6:] for t in files(folder).values()}
-    assert rounded or torch.equal(loaded(x), model(x))
+    assert torch.equal(loaded(x), model(x))
 
 def test_the_head_is_tied_untied_or_its_own_as_asked(model, folder, tmp_path):
     untied = GPT.from_pretrained(folder, tie_word_embeddings=False)
     assert untied.lm_head.weight.data_ptr() != untied.wte.weight.data_ptr()
     assert torch.equal(untied.lm_head.weight, untied.wte.weight)
-    with torch.no_grad():
-        untied.lm_head.weight.mul_(2)
+    untied.lm_head.weight.data.mul_(2)
     untied.save_pretrained(tmp_path / "untied")
     edit(folder, lambda t: t.update({"lm_head.weight": t[WTE] * 2}))  # but the config says tied
     for path in (folder, tmp_path / "untied"):
@@ -322,46 +295,27 @@ def test_the_head_is_tied_untied_or_its_own_as_asked(model, folder, tmp_path):
         assert torch.equal(loaded.lm_head.weight, 2 * model.wte.weight)
         assert torch.equal(loaded.wte.weight, model.wte.weight)
 
-def test_a_sharded_folder_loads_and_a_missing_shard_or_a_second_copy_is_named(model, folder):
-    tensors, x = files(folder), ids(1, 9)
-    (folder / "model.safetensors").rename(folder / "whole")
-    for i, names in enumerate((list(tensors)[:9], list(tensors)[9:]), 1):
-        path = folder / f"model-0000{i}-of-00002.safetensors"
-        write_safetensors(path, {name: tensors[name] for name in names})
-    assert torch.equal(GPT.from_pretrained(folder).eval()(x), model(x))
-    path.unlink()
-    with pytest.raises(ValueError, match=f"(?s)Missing.*{names[0].removeprefix('transformer.')}"):
-        GPT.from_pretrained(folder)
-    (folder / "whole").rename(folder / "model.safetensors")
-    with pytest.raises(ValueError, match="is there twice"):
-        GPT.from_pretrained(folder)
-
 @pytest.mark.parametrize("damage, message", [
-    (lambda f: edit(f, lambda t: t.pop(FIRST)), "Missing.*h.0.attn.c_attn.weight"),
+    (lambda f: sharded(f).unlink(), "Missing.*h.2.ln_1.weight"),
     (lambda f: edit(f, lambda t: t.pop(WTE)), "wte.weight"),
     (lambda f: edit(f, lambda t: t.update(extra=torch.ones(1))), "Unexpected.*extra"),
-    (lambda f: edit(f, lambda t: t.update({FIRST: t[FIRST].t()})), "size mismatch for h.0.attn"),
     (lambda f: edit(f, lambda t: t[FIRST].fill_(float("nan"))), "h.0.attn.c_attn.weight .*NaN"),
     (lambda f: edit(f, lambda t: t.update({FIRST: t[FIRST].double() * 1e300})), "weight .*inf"),
     (lambda f: edit(f, lambda t: t.update({FIRST: t[FIRST].long()})), "c_attn.weight .*integers"),
     (lambda f: edit(f, lambda t: t.update({"wte.weight": t[WTE] * 2})), "wte.weight is there tw"),
-    (lambda f: edit_config(f, n_layer=2), "Unexpected.*h.2."),
-    (lambda f: edit_config(f, n_layer=4), "Missing.*h.3."),
-    (lambda f: edit_config(f, n_positions=23), "mismatch for wpe.weight"),
-    (lambda f: edit_config(f, tie_word_embeddings=False), "Missing.*lm_head.weight"),
-    (lambda f: edit_config(f, model_type="llama"), "model_type 'llama'"),
-    (lambda f: edit_config(f, activation_function="relu"), "activation_function 'relu'"),
-    (lambda f: edit_config(f, scale_attn_weights=False), "scale_attn_weights False"),
-    (lambda f: edit_config(f, scale_attn_by_inverse_layer_idx=True), "inverse_layer_idx True"),
+    (dict(n_positions=23), "mismatch for wpe.weight"), (dict(model_type="llama"), "type 'llama'"),
+    (dict(tie_word_embeddings=False), "Missing.*lm_head.weight"),
+    (dict(activation_function="relu"), "activation_function 'relu'"),
+    (dict(scale_attn_weights=False), "scale_attn_weights False"),
+    (dict(scale_attn_by_inverse_layer_idx=True), "inverse_layer_idx True"),
     (lambda f: (f / "config.json").write_text("{"), "config.json: not JSON"),
-    (lambda f: (f / "config.json").unlink(), "model"),
     (lambda f: (f / "model.safetensors").unlink(), "no model, nor tiny, gpt2"),
     (lambda f: (f / "model.safetensors").rename(f / "x.bin"), "a pickle: save it again"),
     (lambda f: (f / "config.json").rename(f / "hparams.json"), "TensorFlow"),
     (lambda f: (f / "config.json").rename(f / "adapter_config.json"), "merge it first"),
     (lambda f: (f / "model.safetensors").write_text("version https://git-lfs"), "git lfs pull")])
 def test_a_folder_that_lies_or_is_of_another_kind_is_refused_by_name(folder, damage, message):
-    damage(folder)
+    edit_config(folder, **damage) if isinstance(damage, dict) else damage(folder)
     with pytest.raises((ValueError, OSError), match=f"(?s){folder}.*{message}"):
         GPT.from_pretrained(folder)
 
@@ -378,14 +332,12 @@ def test_runs_are_located_with_their_adapter_and_their_base(folder, tmp_path):
     assert model_folder(run) == folder and locate(str(run)) == locate(folder) == (folder, None)
     adapter.mkdir()
     assert locate(run) == (folder, adapter)  # a hybrid run
-    with pytest.raises(OSError, match="merge it first"):
-        model_folder(run)
+    pytest.raises(OSError, model_folder, run).match("merge it first")
     folder.rename(base)
     for given, expected in (("tiny", ROOT / "tiny" / "model"), (str(base), base)):
         (run / "run.json").write_text(json.dumps({"flags": {"model": given}}))
         assert locate(run) == (expected, adapter)
-    with pytest.raises(FileNotFoundError, match="nowhere: no model, nor tiny, .*distilgpt2$"):
-        locate("nowhere")
+    pytest.raises(FileNotFoundError, locate, "no").match("no: no model, nor tiny, .*distilgpt2$")
 
 def test_safetensors_round_trip_and_agree_with_the_library(tmp_path):
     ours, theirs = tmp_path / "x.safetensors", tmp_path / "y.safetensors"
@@ -412,14 +364,10 @@ def entry(begin, end, shape=(1,), dtype="F32"):
     return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
 
 MALFORMED = [
-    b"", b"1234567", raw(b""), raw(b"{}", length=2**63),  # the length
-    raw(b"\xff\xfe{}"), raw(b'{"a":'), raw(b"[1]"), raw(b"{}\0\0"),  # no object
-    b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\n", b"PK\x03\x04" + b"\0" * 60,
+    b"", raw(b"{}", length=2**63), raw(b"[1]"), raw(b"{}\0\0"), raw({"a": {}}, b"1234"),
     raw({"a": entry(0, 4)}, b"123"), raw({"a": entry(4, 8)}, b"1234"),  # cut short
     raw({"a": entry(0, 8)}, b"12345678"), raw({"a": entry(4, 0)}, b"1234"),
-    raw({"a": entry(0, 1, dtype="F4")}, b"1"), raw({"a": entry(0, 4, "ab")}, b"1234"),
-    raw({"a": entry(0, 4, [2**62, 2**62])}, b"1234"), raw({"a": entry(0, 4, [-1, -1])}, b"1234"),
-    raw({"a": {"dtype": "F32", "shape": [1]}}, b"1234"),
+    raw({"a": entry(0, 1, dtype="F4")}, b"1"), raw({"a": entry(0, 4, [-1, -1])}, b"1234"),
     raw(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}")]  # deep nesting
 
 @pytest.mark.parametrize("content", MALFORMED, ids=range(len(MALFORMED)))
@@ -428,18 +376,15 @@ def test_malformed_safetensors_are_one_clear_error(tmp_path, content):
     with pytest.raises(ValueError, match="bad: no safetensors file"):
         read_safetensors(tmp_path / "bad")
 
-@pytest.mark.parametrize("write", [
-    lambda path: write_safetensors(path, {"a": torch.ones(2, device="meta")}),
-    lambda path: gpt.write_json(path, {"a": object()})])
-def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, write):
-    (tmp_path / "file").write_text("old")
-    with pytest.raises((OSError, TypeError)):
-        write(tmp_path / "file")
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    pytest.raises(OSError, write_safetensors, path, {"a": torch.ones(2, device="meta")})
+    pytest.raises(TypeError, gpt.write_json, path, {"a": object()})
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("file", "old")]
 
 BODY = bytes(range(256)) * 1000
 FILES = ["config.json", "vocab.json", "merges.txt", "model.safetensors"]
-SHA256 = hashlib.sha256(BODY).hexdigest()
 
 class Handler(http.server.BaseHTTPRequestHandler):
     log_message = lambda *_: None
@@ -464,49 +409,42 @@ def server(monkeypatch):
         yield server
         server.shutdown()
 
-def hub(handler, sha256=SHA256, size=len(BODY), body=BODY):
+def hub(handler, size=len(BODY), body=BODY):
     """As the Hugging Face hub: its redirect names size and sha256, its CDN another hash."""
     if handler.path == "/cdn":
         return handler.send(body, ETag='"' + "ab" * 32 + '"')
-    handler.send(b"", 302, Location="/cdn", X_Linked_Size=str(size), X_Linked_Etag=f'"{sha256}"')
-
-def test_a_file_arrives_whole_and_alone(server, tmp_path):
-    for answer, n in ((server.answer, 1), (hub, 2)):
-        server.answer, server.requests = answer, []
-        download(f"{server.url}/file", tmp_path / "cache" / "file")
-        assert (tmp_path / "cache" / "file").read_bytes() == BODY and len(server.requests) == n
-        assert [p.name for p in (tmp_path / "cache").iterdir()] == ["file"]
+    etag = f'"{hashlib.sha256(BODY).hexdigest()}"'
+    handler.send(b"", 302, Location="/cdn", X_Linked_Size=str(size), X_Linked_Etag=etag)
 
 @pytest.mark.parametrize("answer, message", [
     (lambda h: h.send(b"no", 404), "404"), (lambda h: h.close_connection, "closed"),
     (lambda h: h.send(BODY, Content_Length=len(BODY) + 1), "not the file"),
     (lambda h: h.send(b"Please log in", Content_Type="text/html; charset=utf-8"), "not the file"),
-    (lambda h: hub(h, sha256="0" * 64), "not the file"),
     (lambda h: hub(h, size=len(BODY) - 1), "not the file"),
     (lambda h: hub(h, body=bytes(len(BODY))), "not the file")])
-def test_an_answer_that_is_not_the_file_is_one_clear_error_and_leaves_the_old_file(
+def test_a_file_arrives_whole_and_alone_or_is_one_clear_error_that_leaves_the_old_one(
         server, tmp_path, answer, message):
-    server.answer = answer
+    plain, server.answer = server.answer, answer
     (tmp_path / "file").write_text("old")
     with pytest.raises(OSError, match=f"{server.url}/file: .*{message}.*{tmp_path} yourself"):
         download(f"{server.url}/file", tmp_path / "file")
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("file", "old")]
+    for server.answer in (plain, hub):
+        download(f"{server.url}/file", tmp_path / "file")
+        assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("file", BODY)]
 
 def test_a_published_model_is_fetched_once_into_the_cache(server, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_ENDPOINT", server.url + "/hub/")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    for name, repo in (("gpt2-medium", "openai-community/gpt2-medium"),
-                       ("distilgpt2", "distilbert/distilgpt2")):
+    for owner, name in (("openai-community", "gpt2-medium"), ("distilbert", "distilgpt2")):
         folder, server.requests = tmp_path / "gpt2-finetune" / name, []
         assert model_folder(name) == model_folder(name) == folder
-        assert server.requests == [f"/hub/{repo}/resolve/main/{file}" for file in FILES]
-        assert {p.name for p in folder.iterdir()} == set(FILES)
+        assert server.requests == [f"/hub/{owner}/{name}/resolve/main/{file}" for file in FILES]
     (folder / "merges.txt").unlink()
     server.answer = lambda handler: handler.send(b"", 404)
     assert gpt.main(["--model", "distilgpt2", "--prompt", "x"]) == 1
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "merges.txt: HTTP Error 404" in error
+    assert re.fullmatch("error: .*merges.txt: HTTP Error 404.*\n", capsys.readouterr().err)
     monkeypatch.delenv("HF_HOME")
     with pytest.raises(OSError, match="home/.cache/huggingface/gpt2-finetune/gpt2 yourself"):
         model_folder("gpt2")
@@ -548,8 +486,7 @@ def test_the_command_line_continues_a_text_and_names_what_is_wrong(capsys, monke
     options, true = [], gpt.generate
     monkeypatch.setattr(gpt, "generate", lambda *a, **k: options.append(k) or true(*a, **k))
     assert gpt.main(["--prompt", "The capital of France is", "--max-new-tokens", "5"]) == 0
-    out = capsys.readouterr().out
-    assert out.startswith("The capital of France is") and len(out) > 28
+    assert re.match("(?s)The capital of France is.{5}", capsys.readouterr().out)
     flags = ["--prompt", "The", "--temperature", "2", "--top-k", "9", "--top-p", "0.9", "--seed"]
     texts = [(gpt.main([*flags, seed]), capsys.readouterr().out) for seed in "112"]
     assert texts[0] == texts[1] != texts[2] and {o["eos_id"] for o in options} == {2047}
