@@ -476,7 +476,7 @@ def test_freed_memory_is_kept_by_glibc_and_onednn_and_the_user_s_limits_win(monk
     monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
     monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")
     for library in (type("Glibc", (), {"mallopt": old_glibc}), object()):  # musl has none
-        monkeypatch.setattr(gpt.ctypes, "CDLL", lambda name: library)
+        monkeypatch.setattr(gpt.ctypes, "pythonapi", library)
         gpt.keep_freed_memory()
     assert calls == [(-3, 1 << 30), (-3, 32 << 20), (-1, -1)]
     assert gpt.os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "24"
