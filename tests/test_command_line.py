@@ -17,7 +17,7 @@ import freeze
 import gpt
 import lora
 from gpt import read_json
-from test_finetune import run, world  # noqa: F401
+from test_finetune import flags_of, run, world  # noqa: F401
 from test_public_models import config, file, tensors
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,15 +30,14 @@ FLAGS = {  # those of DESIGN.md, by script
         --fsdp --eval-every --checkpoint-every --resume --overwrite --no-responses""",
     "evaluate": "--data --template --judge --judge-url --pairwise --text --plot --ask",
     "gpt": "--model --prompt --max-new-tokens --temperature --top-k --top-p --seed",
-    "data": "--data --model --template --max-length", "freeze": "--model --trainable --lora-r",
-    "lora": ""}
+    "data": "--data --model --template --max-length", "freeze": "--model --trainable --lora-r"}
 
 @pytest.fixture(scope="module")
 def runs(world, tmp_path_factory):  # noqa: F811
     """A folder with a model, the records, a full run that has answered, and an adapter's run."""
     folder = tmp_path_factory.mktemp("runs")
     shutil.copytree(world, folder, dirs_exist_ok=True)
-    assert run(folder, folder / "full", "--max-steps", 2, "answers") == 0
+    assert run(folder, folder / "full", "--max-steps", 2, answers=True) == 0
     assert run(folder, folder / "lora", "--max-steps", 2, "--lora-r", 2) == 0
     return folder
 
@@ -51,9 +50,6 @@ def attempt(capsys, main, *flags):
         code = stop.code
     return code, *reversed(capsys.readouterr())
 
-def train(capsys, world, out, *flags):
-    return attempt(capsys, lambda more: run(world, out, *more), *flags)
-
 def says(result, code, message):
     """Whether that is this exit code, and one line with this message."""
     return result[0] == code and re.fullmatch(f".*error: .*(?:{message}).*\n", result[1])
@@ -65,14 +61,13 @@ def files(folder):
 def test_help_names_every_flag_of_the_contract(capsys, name):
     code, err, out = attempt(capsys, MAINS[name], "--help")
     assert (code, err) == (0, "")
-    flags, shown = set(FLAGS[name].split()), set(re.findall(r"--[a-z][a-z-]+", out)) - {"--help"}
-    assert shown >= flags and (name != "finetune" or shown == flags)
+    flags, shown = FLAGS.get(name, "").split(), re.findall(r"--[a-z][a-z-]+", out)
+    assert {*flags} <= {*shown} and (name != "finetune" or {*flags, "--help"} == {*shown})
 
 REFUSED = """--lora-r 0 | --lora-dropout 0.1 | --lora-alpha 4 | --lora-targets c_fc | --rslora
     | --lr -1 | --lr nan | --lr inf | --lr 0 | --epochs 0 | --epochs many | --clip -1
-    | --batch-size 0 | --grad-accum -3 | --weight-decay -1 | --weight-decay inf | --dropout nan
-    | --warmup -1 | --lr-decay 0 | --seed -1 | --max-steps 0 | --eval-every 0 | --checkpoint-every 0
-    | --nonsense | --dtype fp16 | --template llama | --loss-on 0.5 | stray | --select random"""
+    | --batch-size 0 | --weight-decay -1 | --dropout nan | --lr-decay 0 | --seed -1 | --max-steps 0
+    | --eval-every 0 | --checkpoint-every 0 | --nonsense | --dtype fp16 | --loss-on 0.5 | stray"""
 
 @pytest.mark.parametrize("flags, code, message", [
     *((flags, 2, re.split("[ =]", flags)[0]) for flags in re.split(r"\s+\| ", REFUSED)),
@@ -88,63 +83,8 @@ REFUSED = """--lora-r 0 | --lora-dropout 0.1 | --lora-alpha 4 | --lora-targets c
     ("--device cuda:77", 1, "--device cuda:77"), ("--device toaster", 1, "--device toaster"),
     ("--model no/such/folder", 1, "no/such/folder"), ("--data no-such.json", 1, "no-such.json"),
     ("--model RUNS/lora --lora-r 2", 1, "adapter"), ("--model RUNS/lora/adapter", 1, "adapter"),
-    ("--model RUNS/records.json", 1, "records.json"), ("--data RUNS/model", 1, "train.jsonl?")])
-def test_a_wrong_flag_of_finetune_is_named_and_leaves_nothing(
-        runs, tmp_path, capsys, flags, code, message):
-    flags = flags.replace("RUNS", str(runs)).split()
-    assert says(train(capsys, runs, tmp_path / "r", *flags), code, message)
-    assert not list(tmp_path.iterdir())
-
-ROW = '{"instruction": "a", "output": "b"}'
-
-@pytest.mark.parametrize("content, message", [
-    (b"", "empty"), ("[]", "bad|no record"), ("a,b\nc,d", "csv"), ('{"data": [1]}', "record 1"),
-    (b"\x1f\x8b\0", "gzip"), ("<!doctype html>", "web page"), (ROW, "1 record|too few|at least"),
-    (f"{ROW}\n" * 9 + ROW.replace('"b"', "null"), "record 10"),
-    (f"{ROW}\n" * 9 + ROW.replace("}", ', "label": false}'), "label")])
-def test_broken_data_is_named_with_its_file_and_record(runs, tmp_path, capsys, content, message):
-    path = tmp_path / "mine.json"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    result = train(capsys, runs, tmp_path / "r", "--data", path)
-    assert says(result, 1, message) and "mine.json" in result[1]
-    assert list(tmp_path.iterdir()) == [path]
-
-def longer(folder):
-    vocab = read_json(folder / "vocab.json") | {"ab": 256, "<|endoftext|>": 257}
-    (folder / "vocab.json").write_text(json.dumps(vocab))
-    (folder / "merges.txt").write_text("#version: 0.2\na b\n")
-
-@pytest.mark.parametrize("fault, message", [
-    (tensors(lambda t: {name: p / 0 for name, p in t.items()}), "ln_f.bias .*NaN"),
-    (tensors(lambda t: {name: p for name, p in t.items() if "wpe" not in name}), "wpe.weight"),
-    (longer, "tokenizer"),
-    (config(n_positions=9), "wpe.weight"), (config(model_type="llama"), "llama"),
-    (file("model.safetensors", b"version https://git-lfs.github.com/spec/v1"), "git lfs"),
-    (file("config.json", b"{"), "config.json: not JSON"), (file("vocab.json", b"{}"), "copy"),
-    (lambda folder: (folder / "vocab.json").unlink(), "vocab.json")])
-def test_a_model_folder_that_lies_is_named(runs, tmp_path, capsys, fault, message):
-    copy = shutil.copytree(runs / "model", tmp_path / "copy")
-    fault(copy)
-    result = train(capsys, runs, tmp_path / "r", "--model", copy)
-    assert says(result, 1, message) and "copy" in result[1] and not (tmp_path / "r").exists()
-
-@pytest.mark.parametrize("out, more, message", [
-    ("full", [], "full.*--resume.*--overwrite.*another --out"), ("records.json", [], "records"),
-    ("thesis", ["--overwrite"], "thesis"), ("thesis", [], "another"), ("model", [], "model"),
-    ("full", ["--overwrite", "--model", "full"], "full"), ("", ["--overwrite"], "copy"),
-    ("lora", ["--overwrite", "--model", "lora"], "lora"), ("records.json/below", [], "records"),
-    ("thesis", ["--resume"], "no run in")])
-def test_an_occupied_place_is_refused_and_left_as_it_is(runs, tmp_path, capsys, out, more, message):
-    copy = shutil.copytree(runs, tmp_path / "copy")
-    (copy / "thesis").mkdir()
-    (copy / "thesis" / "thesis.tex").write_text("years of work")
-    before, more = files(copy), [copy / word if word in ("full", "lora") else word for word in more]
-    assert says(train(capsys, runs, copy / out, *more), 1, message)
-    assert files(copy) == before
-
-@pytest.mark.parametrize("flags, code, message", [
-    ("gpt", 2, "--prompt"), ("gpt --prompt a --nonsense", 2, "--nonsense"),
-    ("gpt --prompt a --model nowhere", 1, "nowhere"),
+    ("--model RUNS/records.json", 1, "records.json"), ("--data RUNS/model", 1, "train.jsonl?"),
+    ("gpt", 2, "--prompt"), ("gpt --prompt a --model nowhere", 1, "nowhere"),
     ("gpt --prompt a --max-new-tokens 0", 1, "max_new_tokens"),
     ("gpt --prompt a --temperature nan", 1, "temperature"),
     ("data --data nowhere", 1, "nowhere"), ("data --model nowhere", 1, "nowhere"),
@@ -161,12 +101,56 @@ def test_an_occupied_place_is_refused_and_left_as_it_is(runs, tmp_path, capsys, 
     ("evaluate RUNS/full --judge model:nowhere", 1, "nowhere"),
     ("evaluate RUNS/full --data tiny", 1, "another file"),
     ("evaluate RUNS/lora/adapter --data tiny", 1, "merge it first")], ids=lambda v: str(v)[:60])
-def test_the_other_scripts_end_in_one_line_too(
+def test_what_is_wrong_in_a_command_is_named_in_one_line_and_leaves_nothing(
         runs, tmp_path, monkeypatch, capsys, flags, code, message):
+    """Where the command names no script, it is finetune.py."""
     monkeypatch.chdir(tmp_path)
-    before, (name, *flags) = files(runs), flags.replace("RUNS", str(runs)).split()
-    assert says(attempt(capsys, MAINS[name], *flags), code, message)
+    before, flags = files(runs), flags.replace("RUNS", str(runs)).split()
+    main = MAINS[flags.pop(0)] if flags[0] in MAINS else finetune.main
+    flags = flags_of(runs, "r", *flags) if main == finetune.main else flags
+    assert says(attempt(capsys, main, *flags), code, message)
     assert files(runs) == before and not list(tmp_path.iterdir())
+
+ROW = b'{"instruction": "a", "output": "b"}'
+mine = lambda content: file("../records.json", content)
+
+def longer(folder):
+    vocab = read_json(folder / "vocab.json") | {"ab": 256, "<|endoftext|>": 257}
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    (folder / "merges.txt").write_text("#version: 0.2\na b\n")
+
+@pytest.mark.parametrize("fault, message", [
+    (mine(b""), "empty"), (mine(b"[]"), "bad|no record"), (mine(b"a,b\nc,d"), "csv"),
+    (mine(b'{"data": [1]}'), "record 1"), (mine(b"\x1f\x8b\0"), "gzip"),
+    (mine(b"<!doctype html>"), "web page"), (mine(ROW), "1 record|too few|at least"),
+    (mine((ROW + b"\n") * 9 + ROW.replace(b'"b"', b"null")), "record 10"),
+    (mine((ROW + b"\n") * 9 + ROW.replace(b"}", b', "label": false}')), "label"),
+    (tensors(lambda t: {name: p / 0 for name, p in t.items()}), "ln_f.bias .*NaN"),
+    (tensors(lambda t: {name: p for name, p in t.items() if "wpe" not in name}), "wpe.weight"),
+    (longer, "tokenizer"), (config(n_positions=9), "wpe"), (config(model_type="llama"), "llama"),
+    (file("model.safetensors", b"version https://git-lfs.github.com/spec/v1"), "git lfs"),
+    (file("config.json", b"{"), "config.json: not JSON"), (file("vocab.json", b"{}"), "copy"),
+    (lambda folder: (folder / "vocab.json").unlink(), "vocab.json")])
+def test_broken_data_or_a_broken_model_is_named(runs, tmp_path, capsys, fault, message):
+    copy = shutil.copytree(runs, tmp_path / "copy")
+    fault(copy / "model")
+    result = attempt(capsys, finetune.main, *flags_of(copy, tmp_path / "r"))
+    assert says(result, 1, message) and re.search(rf"{copy}/(model|records\.json)", result[1])
+    assert list(tmp_path.iterdir()) == [copy]
+
+@pytest.mark.parametrize("out, more, message", [
+    ("full", [], "full.*--resume.*--overwrite.*another --out"), ("records.json", [], "records"),
+    ("thesis", ["--overwrite"], "thesis"), ("thesis", [], "another"), ("model", [], "model"),
+    ("full", ["--overwrite", "--model", "full"], "full"), ("", ["--overwrite"], "copy"),
+    ("lora", ["--overwrite", "--model", "lora"], "lora"), ("records.json/below", [], "records"),
+    ("thesis", ["--resume"], "no run in")])
+def test_an_occupied_place_is_refused_and_left_as_it_is(runs, tmp_path, capsys, out, more, message):
+    copy = shutil.copytree(runs, tmp_path / "copy")
+    (copy / "thesis").mkdir()
+    (copy / "thesis" / "thesis.tex").write_text("years of work")
+    before, more = files(copy), [copy / word if word in ("full", "lora") else word for word in more]
+    result = attempt(capsys, finetune.main, *flags_of(runs, copy / out, *more))
+    assert says(result, 1, message) and files(copy) == before
 
 @pytest.mark.parametrize("flags, missing", [
     ("gpt --prompt a", "data"), ("gpt --prompt a", "lora"), ("freeze", "gpt"), ("freeze", "lora"),

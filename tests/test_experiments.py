@@ -1,7 +1,6 @@
 """experiments/: scores against plain loops, forms byte for byte, commands, tables end to end."""
 
 import json
-import math
 import re
 import shlex
 import sys
@@ -10,14 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))
-import choose_layers, evaluate, finetune, gpt, lora, shape_data, tables  # noqa: E402, E401
+import choose_layers, evaluate, finetune, freeze, gpt, lora, shape_data, tables  # noqa: E402, E401
 from data import Encoded, collate, copy_tokenizer, encode_examples, load_parts  # noqa: E402
-from freeze import resolve  # noqa: E402
-from gpt import GPT, GPTConfig  # noqa: E402
 
 SCRIPTS = {"finetune.py": finetune, "lora.py": lora, "evaluate.py": evaluate,
            "experiments/choose_layers.py": choose_layers, "experiments/shape_data.py": shape_data}
@@ -26,39 +22,32 @@ SCRIPTS = {"finetune.py": finetune, "lora.py": lora, "evaluate.py": evaluate,
 def here(tmp_path_factory):  # a random model of two blocks with tiny's tokenizer, 20 of its records
     folder = tmp_path_factory.mktemp("a b")
     torch.manual_seed(0)
-    config = GPTConfig(vocab_size=2048, block_size=128, n_layer=2, n_head=2, n_embd=16)
-    model = GPT(config)
+    model = gpt.GPT(gpt.GPTConfig(2048, block_size=128, n_layer=2, n_head=2, n_embd=16))
     model.wte.weight.data *= 20  # its predictions differ from place to place
     model.save_pretrained(folder / "model")
     copy_tokenizer(ROOT / "tiny" / "model", folder / "model")
     (folder / "records.json").write_text(json.dumps(load_parts("tiny").train[:20]))
-    (folder / "text.txt").write_text("The capital of Malta is Valletta.")
     return folder
-
-@pytest.fixture
-def model(here):
-    return GPT.from_pretrained(here / "model")
 
 def plain_loss(model, batch):
     inputs, targets = collate(batch)
-    return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), ignore_index=-100)
+    return torch.nn.functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
 
-def policy_of(command):
-    return choose_layers.choose(choose_layers.parse_args(shlex.split(command)[2:]))
+policy_of = lambda command: choose_layers.choose(choose_layers.parse_args(shlex.split(command)[2:]))
 
 def run(command):  # what tables.execute does, in this process
     command = re.sub(r"\$\((.*?)\)", lambda match: policy_of(match[1]), command)
     return SCRIPTS[shlex.split(command)[1]].main(shlex.split(command)[2:])
 
-def test_gradient_scores_are_those_of_plain_loops(model):
+def test_scores_are_those_of_plain_loops_and_of_the_closed_form(here, monkeypatch):
+    model = gpt.GPT.from_pretrained(here / "model")
     batches = [[Encoded(torch.randint(2048, (n,)).tolist(), n // 2) for n in batch]
                for batch in ([9, 4], [20])]
     losses, norm = [plain_loss(model, batch) for batch in batches], torch.nn.utils.get_total_norm
     grads = lambda loss, of: torch.autograd.grad(loss, list(of), retain_graph=True)
-    expected = [sum(norm(grads(loss, block.parameters())) for loss in losses).item()
-                / norm(block.parameters()).item() / 2 for block in model.h]
-    relative = choose_layers.relative_gradient_norms(model, batches)
-    assert relative == pytest.approx(expected, rel=1e-4)
+    plain = [sum(norm(grads(loss, block.parameters())) for loss in losses).item()
+             / norm(block.parameters()).item() / 2 for block in model.h]
+    assert choose_layers.relative_gradient_norms(model, batches) == pytest.approx(plain, rel=1e-4)
     shortfalls = choose_layers.rank_shortfalls(model, batches, r=3)
     for name, p in [(f"h.{n}", p) for n, p in model.h.named_parameters() if p.dim() == 2]:
         [g] = grads(sum(losses) / 2, [p])
@@ -66,8 +55,6 @@ def test_gradient_scores_are_those_of_plain_loops(model):
         rest = (g - (u[:, :3] * s[:3]) @ v[:3]).norm() ** 2 / g.norm() ** 2
         assert shortfalls.pop(name) == pytest.approx((rest * g.norm() / p.norm()).item(), rel=1e-3)
     assert not shortfalls
-
-def test_spectrum_scores_are_those_of_the_closed_form(model, monkeypatch):
     s = [10, 3, 2, 1.9, 1.42, 1, 0.8, 0.6]  # quartiles 0.95 and 2.25: thresholds 1.93 and 1.45
     for n, above in (8, 3), (32, 4):
         u, v = (torch.linalg.qr(torch.randn(size, 8))[0] for size in (8, n))
@@ -78,20 +65,21 @@ def test_spectrum_scores_are_those_of_the_closed_form(model, monkeypatch):
     monkeypatch.setattr(choose_layers, "signal_to_noise", lambda weight: next(planted))
     assert choose_layers.spectrum_ranks(model) == [0.25, 0.5]
 
-def test_a_hybrid_trains_the_matrices_that_fit_and_the_adapters_of_the_others(model):
+def test_a_hybrid_trains_the_matrices_that_fit_and_the_adapters_of_the_others(here):
+    model = gpt.GPT.from_pretrained(here / "model")
     scores = {"h.0.mlp.c_fc.weight": 3.0, "h.1.attn.c_attn.weight": 2.0,  # 1,024 and 768 parameters
               "h.0.attn.c_proj.weight": 1.0, "h.1.attn.c_proj.weight": 0.0}  # 256 each
     share = 1600 / sum(p.numel() for p in model.parameters())  # the second one is passed over
     policy, own = choose_layers.hybrid(model, scores, share), ("h.0.mlp.c_fc.", "h.0.attn.c_proj.")
     lora.add_lora(model, r=2)
-    theirs = {n for n, _ in model.named_parameters() if "lora_" in n and not n.startswith(own)}
-    assert len(theirs) == 12 and resolve(model, policy) == {f"{n}weight" for n in own} | theirs
+    rest = {n for n, _ in model.named_parameters() if "lora_" in n and not n.startswith(own)}
+    assert len(rest) == 12 and freeze.resolve(model, policy) == rest | {f"{n}weight" for n in own}
     with pytest.raises(ValueError, match="no matrix"):
         choose_layers.hybrid(model, scores, share / 7)
 
 def test_the_policy_is_that_of_the_largest_scores(here, capsys, monkeypatch):
-    what = f"--model '{here}/model' --data '{here}/records.json'"
-    start = f"python experiments/choose_layers.py {what}"
+    monkeypatch.chdir(here)
+    start = "python experiments/choose_layers.py --model model --data records.json"
     for by in ("rgn --k 1", "spectrum --k 1", "random --k 1", "shortfall --share 0.03 --lora-r 1"):
         assert run(f"{start} --by {by} --verbose") == 0
         out, err = capsys.readouterr()
@@ -106,18 +94,17 @@ def test_the_policy_is_that_of_the_largest_scores(here, capsys, monkeypatch):
 
 RECORD = {"instruction": "Add.", "input": "1, 2", "output": " 3\n", "instruction_long": "Add up.",
           "rationale": "1 + 2 = 3.", "draft": "4", "level": 2}
-SOLVED = {"instruction": "Q", "input": "", "output": "a\nb\n#### 72"}  # as GSM8K has it
+SOLVED = {"instruction": "Q", "input": "", "output": "a\nb\n#### 72\n"}  # as GSM8K has it
 
-@pytest.mark.parametrize("record, form, response, instruction, output", [
-    (RECORD, "short", None, "Add.", " 3\n"), (RECORD, "long", "answer", "Add up.", "3"),
-    (RECORD, "short", "rationale", "Add.", "1 + 2 = 3.\nAnswer: 3"),
-    (RECORD, "short", "reflection", "Add.", "4\nThat is wrong. 1 + 2 = 3.\nAnswer: 3"),
-    (SOLVED, "short", None, "Q", "a\nb\n#### 72"), (SOLVED, "short", "answer", "Q", "72"),
-    (SOLVED, "short", "rationale", "Q", "a\nb\nAnswer: 72"),
-    ({**RECORD, "output": "x\n#### A\nb"}, "short", "answer", "Add.", "x\n#### A\nb")])
-def test_forms_are_these_byte_for_byte(record, form, response, instruction, output):
-    shaped = shape_data.reshape(record, form, response)
-    assert shaped == {**record, "instruction": instruction, "output": output}
+@pytest.mark.parametrize("record, form, response, changed", [
+    (RECORD, "long", "answer", {"instruction": "Add up.", "output": "3"}),
+    (RECORD, "short", "rationale", {"output": "1 + 2 = 3.\nAnswer: 3"}),
+    (RECORD, "short", "reflection", {"output": "4\nThat is wrong. 1 + 2 = 3.\nAnswer: 3"}),
+    (SOLVED, "short", None, {}), (SOLVED, "short", "answer", {"output": "72"}),
+    (SOLVED, "short", "rationale", {"output": "a\nb\nAnswer: 72"}),
+    ({**RECORD, "output": "x\n#### A\nb"}, "short", "answer", {})])
+def test_forms_are_these_byte_for_byte(record, form, response, changed):
+    assert shape_data.reshape(record, form, response) == record | changed
     for missing in ("long", None), ("short", "reflection"):
         with pytest.raises(ValueError, match="'Q' has no text as (instruction_long|draft)"):
             shape_data.reshape(SOLVED | {"draft": " "}, *missing)
@@ -146,14 +133,13 @@ def test_difficulty_and_uncertainty_are_those_of_plain_loops(here):
     model, tokenizer = gpt.load_model(here / "model", "cpu")
     records = load_parts(here / "records.json").train
     ifd = shape_data.measure([*records, RECORD | {"input": "a " * 99}], "ifd", model, tokenizer, 0)
-    assert ifd[-1] == math.inf  # the model has no room for it
+    assert ifd[-1] == float("inf")  # the model has no room for it
     for record, score, h in zip(records, ifd, shape_data.entropies(model, tokenizer, records)):
         [example], _ = encode_examples([record], tokenizer)
         alone = Encoded([2047, *example.ids[example.n_prompt:]], 1)
-        difference = plain_loss(model, [example]) - plain_loss(model, [alone])
+        ratio = (plain_loss(model, [example]) - plain_loss(model, [alone])).exp()
         p = model(torch.tensor([example.ids[:example.n_prompt]]))[0, -1].softmax(-1)
-        assert score == pytest.approx(difference.exp().item(), rel=1e-4)
-        assert h == pytest.approx(-(p * p.log()).sum().item(), rel=1e-4)
+        assert (score, h) == pytest.approx((float(ratio), -float((p * p.log()).sum())), rel=1e-4)
 
 def test_adaptive_forms_go_by_the_loss_but_in_the_test_part_by_uncertainty_alone(monkeypatch):
     form = lambda kind, *numbers: [{"kind": kind, "loss": loss, "unsure": h} for loss, h in numbers]
@@ -177,10 +163,8 @@ def test_every_command_of_a_table_is_in_the_readme_and_its_script_takes_it(table
             filled = tables.fill(template, base, f"{table}-{label}", 1)
             for command in [filled, *re.findall(r"\$\((.*?)\)", filled)]:
                 _, script, *flags = shlex.split(re.sub(r"\$\(.*?\)", "blocks:0", command))
-                if script == "lora.py":
-                    assert flags[0] == "merge" and flags[1::2] == ["--base", "--adapter", "--out"]
-                else:
-                    assert SCRIPTS[script].parse_args(flags)
+                merges = flags[:1] + flags[1::2] == "merge --base --adapter --out".split()
+                assert merges if script == "lora.py" else SCRIPTS[script].parse_args(flags)
             if label in tables.rows_of(table, 4) and "steps}" not in template:
                 assert filled in readme or script == "evaluate.py"
 
@@ -190,7 +174,7 @@ def test_a_table_goes_on_where_it_was_stopped(here, tmp_path, monkeypatch, capsy
         "solved": tables.ROWS["instructions"]["worked solution, answer"],
         "staged": tables.ROWS["stages"]["by level"], "bad": "--trainable last:3"}})
     done, out, source, real = [], tmp_path / "out", here / "records.json", tables.execute
-    flags = ["length", "--seeds", "2", "--out", str(out), "--text", str(here / "text.txt"),
+    flags = ["length", "--seeds", "2", "--out", str(out), "--text", str(source),
              "--model", str(here / "model"), "--data", str(source)]
 
     def execute(command):
@@ -198,22 +182,17 @@ def test_a_table_goes_on_where_it_was_stopped(here, tmp_path, monkeypatch, capsy
         if len(done) == 9:
             raise KeyboardInterrupt
         return run(command)
-
     monkeypatch.setattr(tables, "execute", execute)
     assert tables.main(flags) == 130 and (out / "length-chain-seed2" / "scores.json").exists()
-    capsys.readouterr()
     assert tables.main(flags) == 1 and len(done) == 26 and len(set(done)) == 25  # one comes twice
     printed, err = capsys.readouterr()
     rows = {line.split(" | ")[0]: line.split(" | ") for line in printed.splitlines()}
     assert "not finished: length: bad" in err and rows["| bad"][1:-1] == ["-"] * 5
-
     base = tables.load_base(tables.parse_args(flags))
     assert rows["| chain"][1] == "2" and " --seed 1 " in rows["| chain"][-1]
-    assert rows["| staged"][1] == "3"
     parts, source = load_parts(out / "length-staged-seed1-data" / "stage3"), load_parts(source)
-    assert all(e in source.train for e in parts.train) and len(parts.train) == 2
-    assert (parts.val, parts.test) == (source.val, source.test)
-
+    assert rows["| staged"][1] == "3" and len(parts.train) == 2
+    assert all(e in source.train for e in parts.train) and parts[1:3] == source[1:3]
     (out / "length-bad-seed1").mkdir()
     (out / "length-bad-seed1" / "checkpoint.pt").touch()
     assert tables.run_row(tables.rows_of("length", 2)["bad"], base, "length-bad", 1)[1] == []

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 
@@ -16,17 +15,17 @@ import torch
 
 from gpt import read_json, read_safetensors
 from test_command_line import ROOT
-from test_finetune import column, result, run, world  # noqa: F401
+from test_finetune import column, curves, flags_of, result, run, world  # noqa: F401
 
 DRIVER = """
-import json, os, signal, sys, time
+import json, os, signal, socket, sys, time
 sys.path.insert(0, sys.argv[1])
 import finetune, torch, torch.distributed.fsdp  # slow ones, here once for all
 sleep, time.sleep = time.sleep, lambda seconds: sleep(min(seconds, 1))
 
-def process(rank, case):
+def process(rank, case, port):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(case["port"]))
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     for number, stream in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{case['name']}.{stream}{rank}", os.O_CREAT | os.O_WRONLY), number)
     code = 70
@@ -41,10 +40,12 @@ def process(rank, case):
     os._exit(code)
 
 for case in json.load(sys.stdin):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
     pids, codes = {}, {}
     for rank in range(2):
         if (pid := os.fork()) == 0:
-            process(rank, case)
+            process(rank, case, port)
         pids[pid] = rank
     while pids:  # as torchrun: when one fails, the other is ended
         pid, status = os.wait()
@@ -96,22 +97,12 @@ CASES = {  # name: (flags, patch); resumed-X goes on in the folder of X
     "fsdp-moved": (UNEVEN + ["--trainable", "last_block", "--fsdp"], MOVE),
 }
 
-def flags_of(world, out, more):
-    flags = ["--model", world / "model", "--data", world / "records.json", "--out", out, "--lr",
-             "1e-3", "--batch-size", 4, "--device", "cpu", *more]
-    return [str(flag) for flag in flags]
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
 @pytest.fixture(scope="module")
 def runs(world, tmp_path_factory):  # noqa: F811
     """The folder in which all cases have run, with codes.json: {case: both exit codes}."""
     folder = tmp_path_factory.mktemp("runs")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    flags = flags_of(world, folder / "torchrun", TRAINED + ["--eval-every", 1])
+    flags = flags_of(world, folder / "torchrun", *TRAINED, "--batch-size", 4, "--eval-every", 1)
     torchrun = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
          ROOT / "finetune.py", *flags], env=environment, cwd=folder, text=True,
@@ -121,9 +112,9 @@ def runs(world, tmp_path_factory):  # noqa: F811
             torchrun.send_signal(signal.SIGTERM)  # which it hands to both
             break
     said = torchrun.communicate(timeout=60)[0]
-    cases = [{"name": name, "port": free_port(), "patch": patch, "flags": flags_of(
-        world, folder / name.removeprefix("resumed-"), flags)} for name, (flags, patch) in
-        CASES.items()]
+    place = lambda name: folder / name.removeprefix("resumed-")
+    cases = [{"name": name, "patch": patch, "flags": flags_of(
+        world, place(name), "--batch-size", 4, *flags)} for name, (flags, patch) in CASES.items()]
     done = subprocess.run([sys.executable, "-c", DRIVER, str(ROOT)], input=json.dumps(cases),
                           cwd=folder, env=environment, text=True, capture_output=True, timeout=300)
     codes = [json.loads(line) for line in done.stdout.splitlines()]
@@ -137,28 +128,21 @@ codes = lambda runs, name: read_json(runs / "codes.json")[name]
 def errors(runs, name):
     return "".join((runs / f"{name}.err{rank}").read_text() for rank in range(2))
 
-@pytest.fixture(scope="module")
-def alone(world, tmp_path_factory):  # noqa: F811
-    """For each of EQUAL the run of one process with the same global batches."""
-    folder = tmp_path_factory.mktemp("alone")
-    for name, flags in EQUAL.items():
-        assert run(world, folder / name, *UNEVEN, *flags, "--batch-size", 4, "--grad-accum", 2) == 0
-    return folder
-
 @pytest.mark.parametrize("name", EQUAL)
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_two_processes_train_and_prove_what_one_does_with_the_same_batches(runs, alone, kind, name):
-    assert codes(runs, f"{kind}-{name}") == [0, 0], errors(runs, f"{kind}-{name}")
-    one, two = alone / name, runs / f"{kind}-{name}"
-    assert column(two, "records") == column(one, "records")
-    for key in ("train_loss", "val_loss", "grad_norm", "tokens"):
-        assert column(two, key) == pytest.approx(column(one, key), rel=1e-5), key
-    first, second = (read_json(out / "run.json")["freeze"] for out in (one, two))
-    assert first == second and first[0]["checks"]["check_gradients"] == 2
-    for path in one.rglob("*.safetensors"):
-        theirs, ours = read_safetensors(path), read_safetensors(two / path.relative_to(one))
-        for tensor in theirs:
-            torch.testing.assert_close(ours[tensor], theirs[tensor], rtol=1e-4, atol=1e-5)
+def test_two_processes_train_and_prove_what_one_does_with_the_same_batches(
+        world, runs, tmp_path, name):  # noqa: F811
+    flags = [*UNEVEN, *EQUAL[name], "--batch-size", 4, "--grad-accum", 2]
+    assert run(world, one := tmp_path / "one", *flags) == 0
+    for two in (runs / f"ddp-{name}", runs / f"fsdp-{name}"):
+        assert codes(runs, two.name) == [0, 0], errors(runs, two.name)
+        assert column(two, "records") == column(one, "records")
+        assert column(two, "tokens") == column(one, "tokens")
+        assert curves(two) == pytest.approx(curves(one), rel=1e-5)
+        first, second = (read_json(out / "run.json")["freeze"] for out in (one, two))
+        assert first == second and first[0]["checks"]["check_gradients"] == 2
+        for path in one.rglob("*.safetensors"):
+            theirs, ours = read_safetensors(path), read_safetensors(two / path.relative_to(one))
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 @pytest.mark.parametrize("name, whole", [("stopped", "fsdp-whole"), ("killed", "whole"),
                                          ("torchrun", "whole")])
