@@ -8,6 +8,7 @@ import shutil
 import sys
 import threading
 from collections import Counter
+from functools import partial
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,40 +22,33 @@ import data
 import evaluate as E
 import gpt
 
-ROOT = Path(__file__).resolve().parents[1]
-
-class Server:
-    """A judge on this machine. reply(path, body) gives a text, (status, text), or (status, text,
-    headers); .asked holds (path, body, headers) of each request."""
-
-    def __init__(self):
-        self.asked, self.reply, server = [], honest, self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                server.asked.append((self.path, body, dict(self.headers)))
-                answer = server.reply(self.path, body)
-                answer = (200, answer) if isinstance(answer, str) else answer
-                status, text, headers = (*answer, {})[:3]
-                self.send_response(status)
-                for name, value in ({"Content-Length": len(text.encode())} | headers).items():
-                    self.send_header(name, str(value))
-                self.end_headers()
-                self.wfile.write(text.encode())
-
-            log_message = lambda self, *args: None
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}"
-        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
-
 @pytest.fixture
 def server():
-    server = Server()
-    yield server
-    server.http.shutdown()
-    server.http.server_close()
+    """A judge on this machine. reply(path, body) gives a text, (status, text), or (status, text,
+    headers); .asked holds (path, body, headers) of each request."""
+    judge = SimpleNamespace(asked=[], reply=honest)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            judge.asked.append((self.path, body, dict(self.headers)))
+            answer = judge.reply(self.path, body)
+            answer = (200, answer) if isinstance(answer, str) else answer
+            status, text, headers = (*answer, {})[:3]
+            self.send_response(status)
+            for name, value in ({"Content-Length": len(text.encode())} | headers).items():
+                self.send_header(name, str(value))
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        log_message = lambda self, *args: None
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    judge.url = f"http://127.0.0.1:{http.server_port}"
+    threading.Thread(target=http.serve_forever, args=(0.01,), daemon=True).start()
+    yield judge
+    http.shutdown()
+    http.server_close()
 
 @pytest.fixture(autouse=True)
 def waits(monkeypatch):
@@ -71,6 +65,8 @@ def said(path, text, cut=False, **message):
     if path.endswith("/api/chat"):
         return json.dumps({"message": message, "done_reason": reason})
     return json.dumps({"choices": [{"message": message, "finish_reason": reason}]})
+
+chat = partial(said, "/v1/chat/completions")
 
 def shown(body):
     """(reference, answers) that a request shows to the judge."""
@@ -111,10 +107,9 @@ def judged(folder, server, *flags, spec="ollama:m"):
 
 @pytest.mark.parametrize("text, n, left", [
     ("", 0, ""), ('{"a": 1}\n{"a": 2}', 1, '{"a": 1}\n'), ('{"a": 1}\n{"a": 2', 1, '{"a": 1}\n'),
-    ('{"a": 1}\n{', 1, '{"a": 1}\n'), ('{"a": 1\n{"a": 2}\n', "line 1", None),
-    ('{"a": 1}\n{"a": 2\n', "line 2", None), ('{"a": 1}\nEND OF FILE', "line 2", None)])
-def test_of_a_file_of_ours_only_a_torn_last_line_is_cut_and_that_is_said(
-        tmp_path, capsys, text, n, left):
+    ('{"a": 1\n{"a": 2}\n', "line 1", None), ('{"a": 1}\n{"a": 2\n', "line 2", None),
+    ('{"a": 1}\nEND OF FILE', "line 2", None)])
+def test_of_a_file_of_ours_only_a_torn_last_line_is_cut_and_said(tmp_path, capsys, text, n, left):
     path = tmp_path / "r.jsonl"
     assert E.read_records(path) == []
     path.write_text(text)
@@ -133,7 +128,7 @@ def base(tmp_path_factory):
     torch.manual_seed(0)
     model = gpt.GPT(gpt.GPTConfig(vocab_size=2048, block_size=96, n_layer=1, n_head=2, n_embd=16))
     model.save_pretrained(folder)
-    data.copy_tokenizer(ROOT / "tiny" / "model", folder)
+    data.copy_tokenizer(data.TINY / "model", folder)
     return folder
 
 @pytest.fixture(scope="module")
@@ -167,58 +162,45 @@ def test_an_answer_ends_fills_its_limit_or_has_no_room(model, monkeypatch):
     assert [(r["model_response"], r["ended"]) for r in got] == [
         ("", False), (tokenizer.decode([5] * 4), False), (tokenizer.decode([5]), True)]
 
-def test_batches_are_of_64_the_longest_prompts_first_and_are_written_as_they_come(
+def test_a_killed_generation_goes_on_batch_by_batch_and_other_answers_are_refused(
         model, tmp_path, monkeypatch):
-    gpt2, tokenizer = model
-    path, sizes = tmp_path / "r.jsonl", []
+    path, asked, examples = tmp_path / "r.jsonl", [], questions(70)
+    random.Random(0).shuffle(examples)
 
     def generate(model, prompts, n, eos_id):
-        sizes.append((len(prompts), len(E.read_records(path)), max(map(len, prompts))))
-        return [[7]] * len(prompts)
+        asked.append((len(prompts), len(E.read_records(path)), max(map(len, prompts))))
+        return [[len(prompt)] for prompt in prompts]
 
     monkeypatch.setattr(gpt, "generate", generate)
-    examples = questions(70)
-    random.Random(0).shuffle(examples)
-    got = E.generate_responses(gpt2, tokenizer, examples, "plain", 3, path)
-    assert [(n, written) for n, written, _ in sizes] == [(64, 0), (6, 64)]
-    assert sizes[0][2] > sizes[1][2] and len(lines(path)) == 70
-    assert [r["instruction"] for r in got] == [e["instruction"] for e in examples]
-
-def test_a_killed_generation_goes_on_and_other_answers_are_refused(model, tmp_path, monkeypatch):
-    gpt2, tokenizer = model
-    path, examples = tmp_path / "r.jsonl", questions(5)
-    whole = E.generate_responses(gpt2, tokenizer, examples, "plain", 3, path)
+    answer = lambda examples: E.generate_responses(*model, examples, "plain", 3, path)
+    whole = answer(examples)
     kept = path.read_text().splitlines()
-    path.write_text("\n".join(kept[:2]) + "\n" + kept[2][:9])
-    asked = []
-    monkeypatch.setattr(gpt, "generate", lambda *a, original=gpt.generate, **k: (
-        asked.extend(a[1]) or original(*a, **k)))
-    assert E.generate_responses(gpt2, tokenizer, examples, "plain", 3, path) == whole
-    assert len(asked) == 3 and sorted(r["id"] for r in lines(path)) == [0, 1, 2, 3, 4]
-    for other in (questions(4), [*questions(4), {**questions(5)[4], "output": "else"}]):
+    path.write_text("\n".join(kept[:66]) + "\n" + kept[66][:9])
+    assert answer(examples) == whole
+    assert [r["instruction"] for r in whole] == [e["instruction"] for e in examples]
+    assert [(n, written) for n, written, _ in asked] == [(64, 0), (6, 64), (4, 66)]
+    assert asked[0][2] > asked[1][2]  # the longest prompts come first
+    assert sorted(r["id"] for r in lines(path)) == [*range(70)]
+    for other in (examples[:69], [*examples[:69], {**examples[69], "output": "else"}]):
         with pytest.raises(ValueError, match="r.jsonl holds other answers: move it away"):
-            E.generate_responses(gpt2, tokenizer, other, "plain", 3, path)
+            answer(other)
 
 @pytest.mark.parametrize("prediction, reference, same", [
-    ("Paris.", "Paris.", True), ("  Paris.\n", "Paris.", True), ("caf\u00e9", "cafe\u0301", True),
-    ("paris.", "Paris.", False), ("Paris", "Paris.", False), ("New  York", "New York", False),
-    ("", "", True), ("", "x", False),
+    ("  Paris.\n", "Paris.", True), ("caf\u00e9", "cafe\u0301", True), ("paris.", "Paris.", False),
+    ("Paris", "Paris.", False), ("New  York", "New York", False), ("", "", True), ("", "x", False),
     ("So\n#### 12", "First 5, then 7.\n#### 12", True), ("#### 12 \n", "7\n#### 12", True),
     ("12", "7\n#### 12", False), ("#### 12\nno", "7\n#### 12", False), ("#### 1", "#### 12", False),
-    ("why\nAnswer: A b.", "because\nAnswer: A b.\n\n", True), ("Answer: c", "Answer: b", False),
-    ("7\n#### 12", "12", False), ("x\nThe Answer: 1", "y\nThe Answer: 1", False)])
-def test_exact_match_forgives_outer_space_unicode_form_and_the_way_to_a_final_answer(
-        prediction, reference, same):
+    ("why\nAnswer: A b.", "because\nAnswer: A b.\n\n", True), ("7\n#### 12", "12", False),
+    ("x\nThe Answer: 1", "y\nThe Answer: 1", False)])
+def test_exact_match_forgives_space_unicode_form_and_the_way_there(prediction, reference, same):
     assert E.exact_match(prediction, reference) is same
 
 @pytest.mark.parametrize("prediction, reference, f1, rouge", [
-    ("the cat sat", "the cat sat", 1, 1), ("The cat, sat!", "the cat sat", 1, 1),
-    ("dog", "cat", 0, 0), ("", "", 1, 1), ("", "cat", 0, 0), ("+", "-", 0, 0), ("+", "+", 1, 1),
-    ("a b c d", "d c b a", 1, 2 / 8), ("a a b", "a b b", 4 / 6, 4 / 6),
-    ("a a a", "a a b", 4 / 6, 4 / 6), ("the cat sat", "the cat quietly sat", 6 / 7, 6 / 7),
+    ("The cat, sat!", "the cat sat", 1, 1), ("dog", "cat", 0, 0), ("", "", 1, 1),
+    ("", "cat", 0, 0), ("+", "-", 0, 0), ("+", "+", 1, 1), ("a b c d", "d c b a", 1, 2 / 8),
+    ("a a b", "a b b", 4 / 6, 4 / 6), ("दान", "दिन", 0, 0), ("caf\u00e9", "cafe\u0301", 1, 1),
     ("police killed the gunman", "police kill the gunman", 0.75, 0.75),  # Lin 2004's S1 and S2
     ("the gunman kill police", "police kill the gunman", 1, 0.5),  # and S3
-    ("दान", "दिन", 0, 0), ("caf\u00e9", "cafe\u0301", 1, 1), ("Ünï", "ünï", 1, 1),
     ("小明非常喜欢吃红色的大苹果", "小明非常喜欢吃红色的大草莓", 11 / 13, 11 / 13),
     ("カタカナ", "カタ", 4 / 6, 4 / 6), ("ประเทศไทย", "ไทย", 6 / 12, 6 / 12)])
 def test_token_f1_and_rouge_l_have_their_known_values(prediction, reference, f1, rouge):
@@ -244,7 +226,7 @@ def test_the_nll_of_responses_is_the_plain_loops(model):
                 for t in range(e.n_prompt, len(e.ids))]
         assert tokens == len(loop) and nats == pytest.approx(sum(loop).item(), rel=1e-5)
 
-@pytest.mark.parametrize("n", [2, 96, 97, 98, 193, 200])
+@pytest.mark.parametrize("n", [2, 97, 98, 200])
 def test_a_texts_nll_predicts_every_token_but_the_first_once_from_its_own_window(model, n):
     gpt2, _ = model
     ids, total = [random.Random(n).randrange(2048) for _ in range(n)], 0.0
@@ -257,20 +239,16 @@ def test_a_texts_nll_predicts_every_token_but_the_first_once_from_its_own_window
         E.text_nll(gpt2, ids[:1])
 
 def test_the_interval_is_the_normal_one_for_a_large_sample_and_the_same_each_time():
-    values = [0.0, 1.0] * 200
-    low, high = E.interval(values)
-    assert low == pytest.approx(0.5 - 1.96 * 0.5 / 20, abs=0.006)
-    assert high == pytest.approx(0.5 + 1.96 * 0.5 / 20, abs=0.006)
-    assert E.interval(values) == [low, high]
+    values, margin = [0.0, 1.0] * 200, 1.96 * 0.5 / 20
+    interval = E.interval(values)
+    assert interval == pytest.approx([0.5 - margin, 0.5 + margin], abs=0.006)
+    assert interval == E.interval(values)
     assert E.interval([7.0] * 5) == [7.0, 7.0] and E.interval([7.0]) is None
     assert E.mean([]) is None and E.mean([None, 1, 2]) == 1.5
 
 @pytest.mark.parametrize("reply, score", [
-    ("Good. [[85]]", 85), ("[[85.5]]", 85.5), ("[[ 85/100 ]]", 85), ("[[0]]", 0), ("[[100]]", 100),
-    ("[[3]] so [[3]]", 3), ("[[100.0]]", 100), ('{"score": 85.0}', 85),
-    ('{"score":7, "reason": "r"}', 7), ('{"reason": "r", "score": "7"}', 7), ("So [[85]] beca", 85),
-    ("It says score: 100 to cheat. [[5]]", 5), ("<think>[[3]]</think>[[9]]", 9),
-    ("[[3]] hmm</think>[[90]]", 90), ("Out of 100 I give [[42]]", 42),
+    ("So [[85]] beca", 85), ("[[ 85/100 ]]", 85), ("[[0]]", 0), ("[[100]]", 100),
+    ("[[100.0]]", 100), ('{"score":7, "x": 1}', 7), ('{"reason": "r", "score": "7.0"}', 7),
     ("**[[85]]**", 85), ("Grade: [[85]]/100.", 85), ("[[85]] out of 100", 85),  # CriticEval#3
     ("[[85]], that is [[85]]/100", 85), ("[[ 85.50 ]]", 85.5), ("[[8.5]]", 8.5),  # distilabel#67
     ("[[８５]]", 85), ("[[٨٥]]", 85),  # evalscope#1590
@@ -283,28 +261,23 @@ def test_a_stated_score_is_read(reply, score):
     assert E.parse(reply, "score") == score
 
 @pytest.mark.parametrize("reply", [
-    "", "eighty-five", "85", "[[150]]", "[[-5]]", "[[101/100]]", "[[100.5]]", '{"score": -5}',
-    '{"score": 150}', '{"score": true}', '{"score": null}', "[[10]] or [[90]]", "[[150]] [[50]]",
-    "[[8", '{"score": 8', "[[85-90]]", "[[7/10]]", "[[1e2]]", "[[1.2.3]]", "I grade from 0 to 100.",
-    "a grade in brackets: [[grade]]", "[[A]]", "<think>[[50]]", '{"score": 10, "score": 90}',
-    '{"underscore": 5}', E.judge_prompt("the prompt", "comes", "back"),
-    "It says 'perfect. [[100]]' to cheat: [[0]]",  # helm#4344, NeMo Gym#3367: a planted grade
-    "[[1]] applies to partial answers, but this is complete: [[90]]",  # NeMo Gym#3367: rubric
+    "", "85", "[[1.2.3]]", "[[150]]", "[[-5]]", "[[101/100]]", "[[100.5]]", "[[150]] [[50]]", "[[8",
+    '{"score": -5}', '{"score": null}', '{"score": 8', '{"underscore": 5}', "[[85-90]]", "[[7/10]]",
+    "The list [[1, 2], [3, 4]] is right: [[90]]", E.judge_prompt("the prompt", "comes", "back"),
+    "It says 'perfect. [[100]]' to cheat: [[0]]",  # helm#4344, NeMo Gym#3367: a second grade
     '{"score": 9.2e+124}', "[[9e99]]",  # langfuse#11604
     '{"criteria": {"style": {"score": 90}}, "score": 85}', '{"total": 0.9}',  # pinchbench#24
     "[[.8]]", '{"score": .8}', '{"score": 8e-1}',  # traceroot-py#149
     "[[N/A]]", "[[-]]", "[[²]]", "[[⑧]]", "[[１００]]", "【【85】】",  # water#57, evalscope#1590
-    "The list [[1, 2], [3, 4]] is right: [[90]]", "[[85]]\n</think>", "[[85%]]", "[[85,5]]",
     "[[9]]/10", "Rating: [[7]] / 10", "[[4]] out of 5", "[[8]] points out of ten",  # agent-eval#182
-    "<thinking>perhaps [[50]], but", "<thought>[[50]] or", "[THINK]So [[50]]"])
+    "[[85]]\n</think>", "<thinking>perhaps [[50]], but", "<thought>[[50]] or", "[THINK]So [[50]]"])
 def test_nothing_is_clamped_or_guessed(reply):
     assert E.parse(reply, "score") is None
 
 @pytest.mark.parametrize("reply, verdict", [
-    ("A is right. [[A]]", "A"), ("[[B]]", "B"), ("[[C]]", "C"), ("[[A]] so [[A]]", "A"),
-    ("[[A]] or [[B]]", None), ("A", None), ("", None), ("[[D]]", None), ("[[a]]", None),
-    ("<think>[[A]]</think>[[B]]", "B"), ("[[5]]", None), ("[[AB]]", None), ("**[[A]]**", "A"),
-    ("[[A>B]]", None), ("[[A]]/[[B]]", None), ("Yes, A. [[Ａ]]", None)])
+    ("A is right. [[A]]", "A"), ("[[B]]", "B"), ("[[C]]", "C"), ("[[A]] so **[[A]]**", "A"),
+    ("<think>[[A]]</think>[[B]]", "B"), *((reply, None) for reply in (
+        "", "A", "[[D]]", "[[a]]", "[[5]]", "[[AB]]", "[[A>B]]", "[[A]]/[[B]]", "[[Ａ]]"))])
 def test_a_verdict_is_read_or_not_at_all(reply, verdict):
     assert E.parse(reply, "verdict") == verdict
 
@@ -319,20 +292,15 @@ def test_an_answer_cannot_close_its_own_fence_and_the_prompt_is_the_same_on_ever
     assert pair.index("one") < pair.index("two") and "[[A]], [[B]]" in pair
 
 @pytest.mark.parametrize("spec, url, path", [
-    *(("ollama:m", url, "/api/chat") for url in ("", "/", "/api", "/api/", "/api/chat",
-                                                 "/v1", "/v1/chat/completions")),
+    *(("ollama:m", url, "/api/chat") for url in (
+        "", "//", "/api", "/api/chat", "/v1", "/v1/chat/completions/")),
     *(("openai:m", url, "/v1/chat/completions") for url in (
-        "", "/", "/v1", "/v1/", "/v1/chat/completions", "/api/chat")),
-    ("ollama:m", "/proxy", "/proxy/api/chat"),
-    ("openai:m", "/v1beta/openai", "/v1beta/openai/chat/completions"),
-    ("openai:m", "/v1beta/openai/", "/v1beta/openai/chat/completions"),
-    ("openai:m", "/chat/completions", "/chat/completions"),
-    ("openai:m", "/api", "/api/chat/completions"),
-    ("openai:m", "/api/v1", "/api/v1/chat/completions"),
+        "", "/v1//", "/v1/chat/completions", "/api/chat")),
+    *(("openai:m", url, f"{url}/chat/completions") for url in (
+        "/api", "/v1beta/openai", "/openai/v1")),  # alpaca_eval#329 (RunPod, Groq)
     ("openai:m", "/api/paas/v4/", "/api/paas/v4/chat/completions"),  # MyBrain#335, AiMaMi#64
-    ("openai:m", "/openai/v1", "/openai/v1/chat/completions"),  # alpaca_eval#329 (RunPod, Groq)
-    ("openai:m", "//", "/v1/chat/completions"), ("openai:m", "/v1//", "/v1/chat/completions"),
-    ("ollama:m", "/v1/chat/completions/", "/api/chat"), ("ollama:m", "//", "/api/chat")])
+    ("openai:m", "/chat/completions", "/chat/completions"),
+    ("ollama:m", "/proxy", "/proxy/api/chat")])
 def test_a_server_is_found_by_its_url_as_people_have_it(server, spec, url, path, monkeypatch):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # not used
     ask, _ = E.server_judge(spec, server.url + url, max_tokens=77)
@@ -347,37 +315,35 @@ def test_a_server_is_found_by_its_url_as_people_have_it(server, spec, url, path,
     assert expected.items() <= body.items()
 
 @pytest.mark.parametrize("n, answer, waited", [
-    (1, (429, "slow down"), [0.5]), (2, (503, "busy"), [0.5, 1]), (1, (408, "late"), [0.5]),
-    (4, (500, "oops"), [0.5, 1, 2, 4]), (1, (200, "", {"Content-Length": 99}), [0.5])])
+    (1, (429, "Please try again in 9s", {"Retry-After": 9}), [0.5]),  # llmtrace#75
+    (2, (503, "Server overloaded, please retry shortly"), [0.5, 1]),  # ollama#15934
+    (1, (408, "late"), [0.5]), (4, (500, "oops"), [0.5, 1, 2, 4]),
+    (1, (200, "", {"Content-Length": 99}), [0.5])])
 def test_a_fault_that_may_pass_is_tried_again(server, waits, n, answer, waited):
     left = [answer] * n
     server.reply = lambda path, body: left.pop() if left else honest(path, body)
     reply, _ = E.server_judge("openai:m", server.url)[0](E.judge_prompt("q", "r", "r"))
     assert reply == "Compared. [[95]]" and waits == waited
 
-@pytest.mark.parametrize("status, said", [
-    (301, "moved"), (307, "moved"), (401, "who?"), (403, "no"), (404, "page not found"),
-    (404, 'model "llama3" not found, try pulling it first')])
-def test_a_lasting_fault_ends_the_judging_at_once_with_the_url_and_what_was_said(
-        server, answers_only, waits, capsys, status, said):
-    server.reply = lambda path, body: (status, said, {"Location": f"{server.url}/elsewhere"})
-    folder = answers_only()
-    assert judged(folder, server, spec="ollama:llama3") == 1
+@pytest.mark.parametrize("status, said, asked", [
+    (301, "moved", 1), (401, "who?", 1), (404, 'model "m" not found, try pulling it first', 1),
+    (200, '{"error": "Unexpected endpoint. (POST /api/chat)"}', 4)])  # lmstudio#618, #1323
+def test_a_lasting_fault_or_questions_that_all_fail_end_the_judging_with_what_was_said_first(
+        server, answers_only, waits, capsys, status, said, asked):
+    first, folder = (status, said, {"Location": f"{server.url}/elsewhere"}), answers_only()
+    server.reply = lambda path, body: "later" if server.asked[1:] else first
+    assert judged(folder, server) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error == f"error: {server.url}/api/chat: {status} {said}"
-    assert len(server.asked) == 1 and not waits
+    assert len(server.asked) == asked and not waits
     assert [p.name for p in folder.iterdir()] == ["responses.jsonl"]
 
-def test_a_server_that_is_not_there_is_tried_five_times_and_named_in_one_line(
-        answers_only, capsys, waits):
-    assert run(answers_only(), "--judge", "ollama:m", "--judge-url", "http://127.0.0.1:9") == 1
-    assert "error: http://127.0.0.1:9/api/chat: 0 no reply" in capsys.readouterr().err
-    assert waits == [0.5, 1, 2, 4]
-
 @pytest.mark.parametrize("spec, refused, status, words", [
-    ("openai:m", "seed", 400, "Unsupported parameter: 'seed'"),
-    ("openai:m", "temperature", 400, "Unsupported value: 'temperature' does not support 0"),
-    ("openai:m", "max_completion_tokens", 422, '[{"loc": ["body", "max_completion_tokens"]}]'),
+    ("openai:m", "seed", 400, r'{"message": "Unknown name \"seed\": no field."}'),  # ChatterUI#227
+    ("openai:m", "max_completion_tokens", 422,  # eca#231, MaxKB#2912
+     '{"loc": ["body", "max_completion_tokens"], "msg": "Extra inputs are not permitted"}'),
+    ("openai:m", "temperature", 400,  # llm_wiki#173, gigachain#237
+     "invalid temperature: only 1 is allowed for this model"),
     ("ollama:m", "truncate", 400, 'unknown field "truncate"')])
 def test_a_parameter_that_is_refused_is_left_out_from_then_on_and_named_once(
         server, capsys, spec, refused, status, words):
@@ -385,38 +351,34 @@ def test_a_parameter_that_is_refused_is_left_out_from_then_on_and_named_once(
     ask, _ = E.server_judge(spec, server.url)
     for _ in range(2):
         assert ask(E.judge_prompt("q", "r", "r"))[0] == "Compared. [[95]]"
-    assert [refused in body for _, body, _ in server.asked] == [True, False, False]
+    first, *others = [body.keys() for _, body, _ in server.asked]
+    assert refused in first and others == [first - {refused}] * 2
     notes = capsys.readouterr().err.splitlines()
     assert len(notes) == 1 and notes[0].endswith(f"going on without {refused}")
 
-@pytest.mark.parametrize("spec, key, switch, off", [
-    ("ollama:m", "thinking", "think", False), ("openai:m", "reasoning", "reasoning_effort", "none"),
-    ("openai:m", "reasoning_content", "reasoning_effort", "none")])
-def test_thoughts_without_a_reply_are_asked_again_without_thinking(server, spec, key, switch, off):
-    thoughts = lambda path: said(path, "", cut=True, **{key: "Hmm"})
+@pytest.mark.parametrize("spec, key, switch, off, refusal", [
+    ("ollama:m", "thinking", "think", False,  # openclaude#1371, ollama#14212
+     r'{"error": "\"m\" does not support thinking"}'),
+    ("openai:m", "reasoning_content", "reasoning_effort", "none",  # CLIProxyAPI#1572
+     "('body', 'reasoning_effort'): Input should be 'low', 'medium' or 'high'")])
+def test_thoughts_without_a_reply_are_asked_again_without_thinking(
+        server, spec, key, switch, off, refusal):
+    thoughts = lambda path: said(path, "", cut=True, **{key: "So [[9]]"})
     server.reply = lambda path, body: honest(path, body) if switch in body else thoughts(path)
     ask, _ = E.server_judge(spec, server.url)
     for _ in range(2):
         assert ask(E.judge_prompt("q", "r", "r")) == ("Compared. [[95]]", False)
     assert [body.get(switch) for _, body, _ in server.asked] == [None, off, off]
     server.asked.clear()  # a server that refuses the switch and goes on thinking
-    server.reply = lambda path, body: (400, f"no {switch}") if switch in body else thoughts(path)
-    assert E.server_judge(spec, server.url)[0]("x") == ("", True) and len(server.asked) == 3
-
-@pytest.mark.parametrize("reply", [
-    "{}", '{"choices": []}', '{"choices": [{"message": null}]}', "[]", "no JSON", '{"error": "x"}'])
-def test_if_every_question_fails_the_first_error_is_printed_and_no_file_is_left(
-        server, answers_only, capsys, reply):
-    server.reply = lambda path, body: reply if len(server.asked) == 1 else "later"
-    folder = answers_only()
-    assert judged(folder, server, spec="openai:m") == 1
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error == f"error: {server.url}/v1/chat/completions: 200 {reply}"
-    assert not list(folder.glob("judge-*"))
+    server.reply = lambda path, body: (400, refusal) if switch in body else thoughts(path)
+    ask, _ = E.server_judge(spec, server.url)
+    assert ask("x") == ask("x") == ("", True)
+    first, second, *others = [body.keys() for _, body, _ in server.asked]
+    assert second - first == {switch} and others == [first] * 2
 
 def test_unread_cut_and_failed_replies_stay_in_the_count(server, answers_only, capsys):
     def reply(path, body):
-        too_long = 400, "maximum context length exceeded, reduce max_completion_tokens"
+        too_long = 400, "the context is 2048 tokens: max_completion_tokens too large"  # vllm#19861
         odd = {"answer 0": said(path, "No."), "answer 1": said(path, "[[8", cut=True),
                "answer 2": too_long, "answer 3": said(path, "So [[95]] is", cut=True)}
         return odd.get(shown(body)[1][0], honest(path, body))
@@ -435,16 +397,22 @@ def test_unread_cut_and_failed_replies_stay_in_the_count(server, answers_only, c
     assert report["judge_bounds"] == [(95 + 5) / 5, (95 + 5 + 300) / 5]
     assert report["judge_interval"] == E.interval([95.0, 5.0])
 
-def test_the_key_goes_with_the_request_and_is_in_no_message(
-        server, answers_only, capsys, monkeypatch):
-    monkeypatch.setenv("MY_KEY", "sk-secret-1\n")
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-other")
-    server.reply, folder = lambda path, body: (401, "bad key sk-secret-1"), answers_only()
-    assert judged(folder, server, "--judge-key-env", "MY_KEY") == judged(folder, server) == 1
+@pytest.mark.parametrize("key, sent", [
+    ("sk-1\nsk-2", "sk-1sk-2"), ("sk-1\r\n", "sk-1"),  # python-digitalocean#354, typesafe#9
+    ("1", "1"), ("message", "message")])  # opik#2625: any word will do
+def test_a_key_is_sent_whole_to_its_own_server_is_in_no_message_and_changes_no_reply(
+        server, answers_only, capsys, monkeypatch, key, sent):
+    monkeypatch.setenv("MY_KEY", key)
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    server.reply, folder = lambda path, body: (401, f"bad key {sent}"), answers_only()
+    assert judged(folder, server, "--judge-key-env", "MY_KEY") == 1
+    assert capsys.readouterr() == ("", f"error: {server.url}/api/chat: 401 bad key ***\n")
+    assert judged(folder, server) == 1
+    server.reply = lambda path, body: chat("A message: [[100]]")
+    ask = E.make_judge("openai:m", server.url, None, 1024, "cpu").ask
+    assert ask("x") == ("A message: [[100]]", False)
     keys = [headers.get("Authorization") for *_, headers in server.asked]
-    assert keys == ["Bearer sk-secret-1", None]  # OpenAI's own is not for Ollama
-    output = capsys.readouterr()
-    assert "bad key ***" in output.err and "sk-" not in output.err.splitlines()[0] + output.out
+    assert keys == [f"Bearer {sent}", None, f"Bearer {sent}"]  # OpenAI's own is not for Ollama
 
 @pytest.mark.parametrize("key, url, refused", [
     ("sk", "http://192.0.2.1:8000", True), ("sk", "http://localhost.example.org/v1", True),
@@ -459,9 +427,9 @@ def test_a_judges_url_is_of_http_without_password_and_safe_where_there_is_a_key(
     error = capsys.readouterr().err
     assert ("error: --judge-url: http(s) without" in error) is refused is ("reached" not in error)
 
-def test_a_killed_judge_goes_on_after_a_torn_line_and_asks_for_the_rest_alone(server, answers_only):
+def test_a_killed_judge_goes_on_and_asks_anew_only_what_has_changed(server, answers_only):
     folder, seen = answers_only(), []
-    path = folder / "judge-ollama-m.jsonl"
+    path, responses = folder / "judge-ollama-m.jsonl", folder / "responses.jsonl"
 
     def reply(asked, body):  # what was judged is on the disk before the next question
         seen.append(len(E.read_records(path)))
@@ -476,33 +444,27 @@ def test_a_killed_judge_goes_on_after_a_torn_line_and_asks_for_the_rest_alone(se
     assert len(server.asked) == 2 + 16 and [r["score"] for r in lines(path)] == [95, 95, 95, 5]
     whole = scores(folder)
     assert judged(folder, server) == 0 and len(server.asked) == 18 and scores(folder) == whole
-
-def test_a_changed_answer_or_setting_is_asked_anew_and_the_old_score_counts_no_more(
-        server, answers_only):
-    folder = answers_only()
+    responses.write_text(json.dumps([record(0, right=False), *lines(responses)[1:]]))
     assert judged(folder, server) == 0
-    changed = [record(0, right=False), *lines(folder / "responses.jsonl")[1:]]
-    (folder / "responses.jsonl").write_text("".join(json.dumps(r) + "\n" for r in changed))
-    server.asked.clear()
-    assert judged(folder, server) == 0
-    assert [shown(body)[1] for _, body, _ in server.asked] == [["no idea"]]
-    assert scores(folder)["judge"] == (5 + 95 + 95 + 5) / 4
+    assert [shown(body)[1] for _, body, _ in server.asked[18:]] == [["no idea"]]
+    assert scores(folder)["judge"] == (5 + 95 + 95 + 5) / 4  # the old score counts no more
     assert judged(folder, server, "--judge-max-tokens", 5) == 0
-    assert len(server.asked) == 1 + 4 + 16
+    assert len(server.asked) == 19 + 4 + 16
 
-@pytest.mark.parametrize("judge, fit, means", [
-    (honest, "fit", [95, 5, 5, 5]), (lambda path, body: said(path, "[[90]]"), "UNFIT", [90] * 4),
-    (lambda path, body: said(path, "[[10]]"), "UNFIT", [10] * 4),
-    (lambda path, body: said(path, "[[90]]") if "perfect" in shown(body)[1][0] else
-     honest(path, body), "UNFIT", [95, 5, 5, 90]),
-    (lambda path, body: said(path, "none") if shown(body)[1] == [""] else honest(path, body),
-     "UNFIT", [95, 5, None, 5])])
-def test_canaries_tell_whether_the_judge_is_fit(server, answers_only, judge, fit, means):
-    server.reply, folder = judge, answers_only(n=25)
+@pytest.mark.parametrize("fit, grades", [
+    ("fit", [95, 5, 10, 15]), ("fit", [80, 40, 40, 40]), ("UNFIT", [10, 10, 10, 10]),
+    ("UNFIT", [95, 5, 5, 90]), ("UNFIT", [95, 5, None, 5])])
+def test_canaries_tell_whether_the_judge_is_fit(server, answers_only, fit, grades):
+    def reply(path, body):
+        reference, [answer] = shown(body)
+        kind = {reference: 0, "": 2, E.INJECTION: 3}.get(answer, 1)
+        return said(path, f"[[{grades[kind]}]]")
+
+    server.reply, folder = reply, answers_only(n=25)
     assert judged(folder, server) == 0
     report = scores(folder)
     assert report["judge_is"] == fit
-    assert [report[f"judge_canary_{kind}"] for kind in E.CANARIES] == means
+    assert [report[f"judge_canary_{kind}"] for kind in E.CANARIES] == grades
     assert Counter(r["id"].split()[0] for r in lines(folder / "canaries-ollama-m.jsonl")) == (
         dict.fromkeys(E.CANARIES, 9))
 
@@ -512,9 +474,8 @@ def test_the_other_answer_of_a_canary_is_never_the_right_one(server, answers_onl
 
 def test_two_runs_are_compared_on_the_records_that_both_have(server, answers_only, capsys):
     a, b = answers_only("a", right=1), answers_only("b", right=3)
-    extra = [record(9), {**record(3), "output": "another question's"}]
-    kept = lines(b / "responses.jsonl")[:3]
-    (b / "responses.jsonl").write_text(json.dumps([*kept, *extra]))
+    other = {**record(3), "output": "another question's"}
+    (b / "responses.jsonl").write_text(json.dumps([*map(record, (0, 1, 2, 9)), other]))
     assert run(a, b, "--judge", "ollama:m", "--judge-url", server.url) == 0
     report = scores(b)
     assert report["compared"] == 3 and "compared" not in scores(a)
@@ -533,15 +494,13 @@ def test_a_pair_is_won_where_both_orders_agree(server, answers_only, verdict, ex
         said(path, f"[[{verdict(*shown(body)[1])}]]") if "<B " in str(body) else honest(path, body))
     assert run(first, second, "--judge", "ollama:m", "--judge-url", server.url, "--pairwise") == 0
     report = scores(second)
-    assert report["pairs_won"] == (expected[0] and pytest.approx(expected[0]))
-    assert report["pairs_flipped"] == (expected[1] and pytest.approx(expected[1]))
+    assert (report["pairs_won"], report["pairs_flipped"]) == pytest.approx(expected)
     assert report["pairs"] == f"{0 if expected[0] is None else 3} compared of 3"
     assert len(lines(second / "pairs-ollama-m.jsonl")) == 6
 
-@pytest.mark.parametrize("text", ["json array", "json lines"])
-def test_a_folder_of_responses_alone_is_scored_by_its_texts_and_never_rewritten(tmp_path, text):
-    records = [record(0), record(1, right=False), record(2, ended=False)]
-    text = json.dumps(records, indent=1) if "array" in text else "\n".join(map(json.dumps, records))
+@pytest.mark.parametrize("dump", [json.dumps, lambda rows: "\n".join(map(json.dumps, rows))])
+def test_a_folder_of_responses_alone_is_scored_by_its_texts_and_never_rewritten(tmp_path, dump):
+    text = dump([record(0), record(1, right=False), record(2, ended=False)])
     (tmp_path / "responses.jsonl").write_text(text)
     assert run(tmp_path) == 0 and (tmp_path / "responses.jsonl").read_text() == text
     report = scores(tmp_path)
@@ -551,10 +510,8 @@ def test_a_folder_of_responses_alone_is_scored_by_its_texts_and_never_rewritten(
 
 @pytest.mark.parametrize("text, words", [
     (json.dumps(record(0)) + "\n" + json.dumps(record(1))[:30], "responses.jsonl"),
-    (json.dumps([record(0)], indent=1)[:-4], "responses.jsonl"),
-    (json.dumps(record(0)) + '\n{"output": "x"}\n', "record 2"),
-    (json.dumps(record(0, model_response=None)), "responses.jsonl, record 1: "),
-    ("[1, 2]", "responses.jsonl"), ("", "responses.jsonl")])
+    (json.dumps(record(0)) + '\n{"output": "x"}\n', "record 2"), ("", "responses.jsonl"),
+    (json.dumps(record(0, model_response=None)), "responses.jsonl, record 1: ")])
 def test_a_broken_file_of_responses_is_one_line_and_stays_as_it_is(tmp_path, capsys, text, words):
     (tmp_path / "responses.jsonl").write_text(text)
     assert run(tmp_path) == 1 and (tmp_path / "responses.jsonl").read_text() == text
@@ -581,8 +538,7 @@ def trained(tmp_path, base):
     (folder / "run.json").write_text(json.dumps(info))
     return folder
 
-def test_a_run_is_answered_and_scored_with_its_model_and_forgetting_is_of_its_base(
-        trained, base, tmp_path, capsys):
+def test_a_runs_model_is_scored_and_its_forgetting_is_of_its_base(trained, base, tmp_path, capsys):
     (tmp_path / "t.txt").write_text("Once upon a time there was a plain text.")
     assert run(trained, "--text", tmp_path / "t.txt") == 0
     examples = data.load_parts(tmp_path / "data.json", "file order").test  # not what a new run has
@@ -598,9 +554,9 @@ def test_a_run_is_answered_and_scored_with_its_model_and_forgetting_is_of_its_ba
     ids = tokenizer.encode_ordinary((tmp_path / "t.txt").read_text())
     before = E.text_nll(gpt.load_model(base, "cpu")[0], ids)
     assert report["forgetting"] == pytest.approx(E.text_nll(gpt2, ids) - before) != 0
-    tasks = Counter(e["task"] for e in examples)
-    assert {f"exact_match_task_{task}" for task in tasks} == {k for k in report if "_task_" in k}
-    assert sum("_level_" in key for key in report) == len({e["level"] for e in examples})
+    for group in ("task", "level"):
+        expected = {f"exact_match_{group}_{e[group]}" for e in examples}
+        assert {key for key in report if f"_{group}_" in key} == expected
     table = f"^exact match interval +0.000 to 0.000$.*^response nll +{report['response_nll']:.3f}$"
     assert re.search(table, capsys.readouterr().out, re.MULTILINE | re.DOTALL)
 
@@ -623,19 +579,19 @@ def test_a_model_folder_answers_the_data_in_a_folder_of_its_own(
     monkeypatch.chdir(tmp_path)
     assert run(base) == 1 and "--data says what to answer" in capsys.readouterr().err
     files = sorted(base.iterdir())
-    text = ROOT / "tiny" / "heldout.txt"
-    assert run(base, "--data", "data.json", "--template", "plain", "--text", text) == 0
+    how = "--data", "data.json", "--template", "plain"
+    assert run(base, *how, "--text", data.TINY / "heldout.txt") == 0
     assert sorted(base.iterdir()) == files
     report = scores("runs/base-base")
     assert report["n"] == 4 and report["text_nll"] > 0 and "forgetting" not in report
     shutil.copytree(trained / "model", tmp_path / "other" / "base")  # other weights, the same name
-    assert run(tmp_path / "other" / "base", "--data", "data.json", "--template", "plain") == 1
+    assert run(tmp_path / "other" / "base", *how) == 1
     assert "runs/base-base/responses.jsonl holds other answers" in capsys.readouterr().err
     assert run(base, "--data", "data.json", "--template", "alpaca") == 1
-    assert run(base, trained, "--data", "data.json", "--template", "plain") == 0
+    assert run(base, trained, *how) == 0
     assert scores(trained)["compared"] == 0  # the run's split is another: not the same records
 
-def test_tiny_by_name_answers_its_own_data_and_has_forgotten_nothing(tmp_path, monkeypatch, base):
+def test_tiny_by_name_answers_its_own_data_and_has_forgotten_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny").mkdir()  # as in our own checkout
     monkeypatch.setattr(E, "complete", lambda *how: [("", True)] * len(how[2]))
@@ -643,8 +599,7 @@ def test_tiny_by_name_answers_its_own_data_and_has_forgotten_nothing(tmp_path, m
     assert run("tiny") == 0
     assert scores("runs/tiny-base")["forgetting"] == 0 and scores("runs/tiny-base")["n"] == 450
 
-def test_a_model_of_ours_judges_and_the_canaries_say_that_it_is_unfit(
-        trained, base, answers_only, capsys):
+def test_a_model_of_ours_judges_and_its_canaries_call_it_unfit(trained, base, answers_only):
     folder = answers_only()
     assert run(folder, "--judge", f"model:{base}", "--judge-max-tokens", 4) == 0
     report = scores(folder)
@@ -662,123 +617,69 @@ def test_ask_prints_the_answer_of_each_run_or_model(trained, base, capsys):
     assert run(trained, base, "--ask", "a b") == 0
     assert capsys.readouterr().out == "{}\n{}\n".format(*answers)
 
-def test_losses_are_drawn_or_refused_in_one_line(tmp_path, answers_only, capsys, monkeypatch):
+def test_losses_are_drawn_or_refused_in_one_line(answers_only, capsys, monkeypatch):
     pytest.importorskip("matplotlib", reason="pictures need matplotlib")
     folder, losses = answers_only(), [(None, 1.0), (2.0, None), (1.0, 0.5)]
     metrics = [{"step": i, "train_loss": t, "val_loss": v} for i, (t, v) in enumerate(losses)]
-    E.plot_losses(metrics, tmp_path / "loss.png")
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     E.append_records(folder / "metrics.jsonl", metrics)
-    assert run(folder, "--plot") == 0 and (folder / "loss.png").exists()
+    assert run(folder, "--plot") == 0
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr(E, "score_run", None)  # it is said before the work
     assert run(folder, "--plot") == 1
     assert re.fullmatch("error: .*matplotlib.*\n", capsys.readouterr().err)
 
 @pytest.mark.parametrize("flags, words", [
-    (["--judge", "gpt4"], "--judge gpt4: "), (["--judge", "ollama:"], "no such kind"),
-    (["--pairwise"], "need --judge"), (["--nonsense"], "unrecognized"),
-    (["--judge-url", "http://h"], "need --judge"), (["--judge-key-env", "K"], "need --judge"),
-    (["--judge-max-tokens", "9"], "need --judge"), (["--ask", "a", "--plot"], "--ask: without"),
-    (["--judge", "ollama:m", "--pairwise"], "two runs"), (["--template", "x"], "invalid choice")])
+    ("--judge gpt4", "--judge gpt4: "), ("--judge ollama:", "no such kind"),
+    ("--judge-url http://h", "need --judge"), ("--judge-key-env K", "need --judge"),
+    ("--judge-max-tokens 9", "need --judge"), ("--pairwise", "need --judge"),
+    ("--judge ollama:m --pairwise", "two runs"), ("--template x", "invalid choice"),
+    ("--ask a --plot", "--ask: without")])
 def test_a_wrong_flag_is_one_line_and_exit_code_two(answers_only, capsys, flags, words):
     with pytest.raises(SystemExit) as end:
-        run(answers_only(), *flags)
+        run(answers_only(), *flags.split())
     error = capsys.readouterr().err
-    assert end.value.code == 2 and "error: " in error and words in error
-    assert error.count("\n") == 1
+    assert end.value.code == 2 and error.count("\n") == 1 and "error: " in error and words in error
 
-def test_no_folder_an_interrupt_and_no_sibling_are_one_line(tmp_path, capsys, monkeypatch):
+def test_no_folder_no_server_an_interrupt_and_no_sibling_are_one_line(
+        tmp_path, answers_only, capsys, waits, monkeypatch):
     assert run(tmp_path / "none", "--data", "tiny") == 1
     assert capsys.readouterr().err.startswith("error: ")
+    assert run(answers_only(), "--judge", "ollama:m", "--judge-url", "http://127.0.0.1:9") == 1
+    assert capsys.readouterr().err.startswith("error: http://127.0.0.1:9/api/chat: 0 no reply")
+    assert waits == [0.5, 1, 2, 4]
     monkeypatch.setattr(E, "score_run", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     assert run(tmp_path) == 130 and "the same command goes on" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "gpt", None)
     assert run(tmp_path) == 1 and "gpt" in capsys.readouterr().err
 
-def chat(text, cut=False, **message):
-    return said("/v1/chat/completions", text, cut, **message)
-
-def native(text, cut=False, **message):
-    return said("/api/chat", text, cut, **message)
-
-SEED = r'[{"error": {"code": 400, "message": "Unknown name \"seed\": Cannot find field."}}]'
-EXTRA = ('{"object": "error", "message": {"detail": [{"type": "extra_forbidden", "loc": ["body", '
-         '"max_completion_tokens"], "msg": "Extra inputs are not permitted", "input": 1024}]}}')
-KIMI = '{"error": {"message": "invalid temperature: only 1 is allowed for this model"}}'
-GIGA = '{"status": 422, "message": "Invalid params: temperature must be in range (0, +inf)"}'
-LEVELS = ("1 validation error: {'type': 'literal_error', 'loc': ('body', 'reasoning_effort'), "
-          "'msg': \"Input should be 'low', 'medium' or 'high'\", 'input': 'none'}")
-NO_THINK = r'{"error": "\"m\" does not support thinking"}'
-HMM = chat(None, cut=True, reasoning="Hmm")
-
-@pytest.mark.parametrize("spec, answers, reply, cut, without", [
-    ("openai:m", [(400, SEED), chat("[[8]]")], "[[8]]", False, {"seed"}),  # ChatterUI#227
-    ("openai:m", [(422, EXTRA), chat("[[8]]")], "[[8]]", False,  # eca#231, MaxKB#2912
-     {"max_completion_tokens"}),
-    ("openai:m", [(400, KIMI), chat("[[8]]")], "[[8]]", False, {"temperature"}),  # llm_wiki#173
-    ("openai:m", [(422, GIGA), chat("[[8]]")], "[[8]]", False, {"temperature"}),  # gigachain#237
-    ("openai:m", [HMM, (400, LEVELS), HMM], "", True, {"reasoning_effort"}),  # CLIProxyAPI#1572
-    ("ollama:m", [native("", cut=True, thinking="Hmm"), (400, NO_THINK), native("[[8]]")],
-     "[[8]]", False, {"think"})])  # openclaude#1371, ollama#14212
-def test_a_refusal_in_the_servers_own_words_costs_that_parameter_alone(
-        server, spec, answers, reply, cut, without):
-    server.reply = lambda path, body, left=list(answers): left.pop(0)
-    assert E.server_judge(spec, server.url)[0]("x") == (reply, cut)
-    first, last = server.asked[0][1], server.asked[-1][1]
-    assert len(server.asked) == len(answers) and not without & last.keys()
-    assert first.keys() - without <= last.keys()
-
 NO_CONTENT = '{"choices": [{"message": {"role": "assistant"}, "finish_reason": "length"}]}'
 NO_KEY = NO_CONTENT.replace('"}, ', '", "reasoning": "Hmm"}, ')
 
-@pytest.mark.parametrize("spec, answers, reply, cut", [
-    ("openai:m", ["\n\n\n\n" + chat("[[8]]")], "[[8]]", False),  # sglang#3689
-    ("openai:m", [NO_CONTENT], "", True),  # litellm#36881: all tokens thought, none shown
-    ("openai:m", [NO_KEY, chat("[[8]]")], "[[8]]", False),  # mlx-lm#1738: no content key
-    ("openai:m", [chat("", reasoning="So [[9]]"), chat("[[8]]")], "[[8]]", False),  # ollama#15288
-    ("openai:m", [chat(None, refusal="No.")], "", False),
-    ("openai:m", [(429, "Please try again in 9s", {"Retry-After": 9}), chat("[[8]]")],
-     "[[8]]", False),  # llmtrace#75
-    ("ollama:m", [(503, '{"error": "Server overloaded, please retry shortly"}'), native("[[8]]")],
-     "[[8]]", False)])  # ollama#15934
-def test_a_reply_in_an_odd_form_is_what_it_says(server, spec, answers, reply, cut):
+@pytest.mark.parametrize("answers, reply, cut", [
+    (["\n\n\n\n" + chat("[[8]]")], "[[8]]", False),  # sglang#3689
+    ([NO_CONTENT], "", True),  # litellm#36881: all tokens thought, none shown
+    ([NO_KEY, chat("[[8]]")], "[[8]]", False),  # mlx-lm#1738, ollama#15288: thoughts alone
+    ([chat(None, refusal="No.")], "", False)])
+def test_a_reply_in_an_odd_form_is_what_it_says(server, answers, reply, cut):
     server.reply = lambda path, body, left=list(answers): left.pop(0)
-    assert E.server_judge(spec, server.url)[0]("x") == (reply, cut)
+    assert E.server_judge("openai:m", server.url)[0]("x") == (reply, cut)
     assert len(server.asked) == len(answers)
 
-FILTER = ('{"error": {"message": "The response was filtered due to the prompt triggering Azure '
-          'OpenAI\'s content management policy.", "param": "prompt", "code": "content_filter"}}')
-LONG = ("This model's maximum context length is 2048 tokens and your request has 1500 input tokens:"
-        " 'max_tokens' or 'max_completion_tokens' is too large: 1024.")
-
-@pytest.mark.parametrize("spec, answer", [
-    ("openai:m", '{"choices": null, "error": {"message": "Busy", "code": 429}}'),  # inspect_ai#1534
-    ("openai:m", '{"id": "gen-1", "error": {"message": "overloaded"}}'),  # OpenJarvis#970
-    ("ollama:m", '{"error": "Unexpected endpoint. (POST /api/chat)"}'),  # lmstudio#618, #1323
-    ("openai:m", 'data: {"choices": []}\n\ndata: [DONE]\n\n'),  # mini-sglang#51: streams
-    ("openai:m", chat("[[8]]") + "data: [DONE]\n\n"),  # 9router#3492
-    ("openai:m", chat([{"type": "thinking", "thinking": "perhaps [[40]]"}])),  # hermes-agent#4748
-    ("openai:m", ""), ("openai:m", "<!doctype html><title>New API</title>"),  # curator#463
-    ("openai:m", (400, FILTER)),  # ragas#649, alpaca_eval#227: this question alone
-    ("openai:m", (400, LONG)),  # vllm#19861: nothing is left out
-    ("ollama:m", (400, '{"error": "the input length exceeds the context length"}')),  # ollama#17889
-    ("openai:m", (402, "Insufficient credits")), ("openai:m", (405, "")),
-    ("openai:m", (404, '{"path": "/v4/v1/chat/completions"}'))])  # MyBrain#335
-def test_what_is_no_reply_is_said_and_is_no_score(server, capsys, spec, answer):
+@pytest.mark.parametrize("answer", [
+    '{"choices": null, "error": {"message": "Busy", "code": 429}}',  # inspect_ai#1534
+    '{"id": "gen-1", "error": {"message": "overloaded"}}', "[]",  # OpenJarvis#970
+    '{"choices": []}', '{"choices": [{"message": null}]}', "", "<!doctype html>",  # curator#463
+    'data: {"choices": []}\n\ndata: [DONE]\n\n',  # mini-sglang#51: streams
+    chat("[[8]]") + "data: [DONE]\n\n",  # 9router#3492
+    chat([{"type": "thinking", "thinking": "perhaps [[40]]"}]),  # hermes-agent#4748
+    (400, '{"error": {"param": "prompt", "code": "content_filter"}}'),  # ragas#649, alpaca_eval#227
+    (400, '{"error": "the input length exceeds the context length"}'),  # ollama#17889
+    (402, "Insufficient credits"), (405, ""), (404, '{"path": "/v4/v1/chat"}')])  # MyBrain#335
+def test_what_is_no_reply_is_said_and_is_no_score(server, capsys, answer):
     server.reply = lambda path, body: answer
     status, text = (200, answer) if isinstance(answer, str) else answer
     error = OSError if status > 400 else ValueError
     with pytest.raises(error, match=re.escape(f"{status} {text}")):
-        E.server_judge(spec, server.url)[0]("x")
+        E.server_judge("openai:m", server.url)[0]("x")
     assert len(server.asked) == 1 and not capsys.readouterr().err
-
-@pytest.mark.parametrize("key, sent", [
-    ("sk-1\nsk-2", "sk-1sk-2"), ("sk-1\r\n", "sk-1"),  # python-digitalocean#354, typesafe#9
-    ("1", "1"), ("message", "message"), ("EMPTY", "EMPTY")])  # opik#2625: any word will do
-def test_any_key_is_sent_whole_and_changes_no_reply(server, monkeypatch, key, sent):
-    monkeypatch.setenv("OPENAI_API_KEY", key)
-    server.reply = lambda path, body: chat("A message: [[100]]")
-    ask = E.make_judge("openai:m", server.url, None, 1024, "cpu").ask
-    assert ask("x") == ("A message: [[100]]", False)
-    assert server.asked[0][2]["Authorization"] == f"Bearer {sent}"
