@@ -197,7 +197,7 @@ def train(model, plan, optimizer, first, end, job, noted):
             group["lr"] = group["peak"] * rate
         optimizer.step()
         optimizer.zero_grad()
-        loss, stop, late, norm = torch.stack([*sums, norm]).tolist()  # the GPU is waited for
+        loss, stop, late, norm = torch.stack([*sums, norm]).tolist()  # waits for the GPU
 
         # Log, validate, checkpoint.
         job.step = step + 1
@@ -208,7 +208,8 @@ def train(model, plan, optimizer, first, end, job, noted):
         if validated:
             job.val_loss = mean_loss(model, job)
         if not math.isfinite(loss + norm + (validated and job.val_loss)):
-            raise ArithmeticError(f"step {job.step}: {loss=} {norm=} {job.val_loss=}; lower --lr")
+            raise ArithmeticError(f"step {job.step}: loss {loss}, gradient {norm}, "
+                                  f"val {job.val_loss}; lower --lr")
         log(job, epoch + 1, loss, rate, norm, indices, validated)
         due = job.step % recipe.checkpoint_every == 0 if recipe.checkpoint_every else late
         if stop or due and job.step < total:
@@ -538,14 +539,14 @@ def parse_args(argv=None):
     add("--lora-targets", default="c_attn,c_proj,c_fc", help="suffixes (%(default)s)")
     add("--lora-dropout", type=float, default=0.0, help="on the adapters' input (0)")
     add("--rslora", **switch, help="scale by alpha / sqrt(r)")
-    add("--untie-head", **switch, help="give the head a copy of the embedding")
+    add("--untie-head", **switch, help="give the head its own copy")
     add = group("data").add_argument
     add("--template", choices=TEMPLATES, default="alpaca", help="of prompts (alpaca)")
     add("--loss-on", choices=["response", "all"], default="response", help="(response)")
     add("--max-length", type=int, help="tokens of an example (all that fit)")
-    add("--max-examples", type=int, help="train on the first so many")
+    add("--max-examples", type=int, help="only the first so many")
     add = group("optimization").add_argument
-    add("--epochs", type=int, help="passes over the training part (auto)")
+    add("--epochs", type=int, help="passes over the data (auto)")
     add("--batch-size", type=int, help="of a micro-batch (auto)")
     add("--grad-accum", type=int, default=1, help="micro-batches in a step (1)")
     add("--lr", type=float, help="peak learning rate (auto)")
@@ -555,17 +556,17 @@ def parse_args(argv=None):
     add("--warmup", type=float, default=0.05, help="steps, or below 1 a share of them (0.05)")
     add("--schedule", choices=["linear", "cosine", "constant"], default="linear", help="(linear)")
     add("--clip", type=float, default=1.0, help="largest gradient norm; 0: no limit (1)")
-    add("--seed", type=int, default=123, help="of order, adapters and dropout (123)")
+    add("--seed", type=int, default=123, help="of all that is drawn (123)")
     add("--max-steps", type=int, help="stop after so many")
     add = group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda:1, mps")
     add("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="of matrix products")
     add("--compile", **switch, help="the blocks: slow start, then faster")
     add("--cache-prefix", **switch, help="run the frozen lower blocks once")
-    add("--recompute", **switch, help="activations in backward: less memory")
+    add("--recompute", **switch, help="activations: less memory")
     add("--fsdp", **switch, help="with torchrun: shard the model")
     add = group("output").add_argument
-    add("--eval-every", type=int, help="steps (ten times a run)")
+    add("--eval-every", type=int, help="steps (a tenth)")
     add("--checkpoint-every", type=int, help="steps (ten minutes)")
     add("--resume", **switch, help="go on from the checkpoint")
     add("--overwrite", **switch, help="replace the run in --out")
