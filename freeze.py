@@ -256,7 +256,7 @@ class Plan:
         same = dict(digests(asked).items() & self._digests.items())
         refuse(set(self.frozen) - same.keys(), "frozen, but changed", "find what else writes to it")
         refuse(self._moves & same.keys(),
-               "should have trained, but did not change", "is the learning rate too low?")
+               "should have trained, but did not change", "too low a rate, or bf16 too coarse?")
         self.checks["check_unchanged"] += 1
 
     @property

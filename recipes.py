@@ -1,11 +1,13 @@
-"""freeze.py in the trainers that people use. Take the recipe that you need, `check`, and freeze.py.
+"""freeze.py in the trainers that people use. Copy this file and freeze.py.
 
-Each freezes before the optimizer is built, so that it gets what trains; checks model, optimizer and
-gradients in the first two steps, between backward and update; and at the end compares every byte.
-Tested on a model that gives .loss, as transformers' do, with planted violations.
+Each recipe freezes before the optimizer is built, so that it gets what trains; checks model,
+optimizer and gradients before the first two updates; at the end, model and optimizer again, and
+every byte. Tested, with planted violations, on models that give .loss, as transformers' do.
 
     from recipes import trainer_callback
     Trainer(model=model, args=args, train_dataset=data, callbacks=[trainer_callback("last:2")])
+
+Not for fp16 with a GradScaler, whose first steps overflow on purpose: use bf16.
 """
 
 import torch
@@ -13,34 +15,46 @@ from torch import nn
 
 from freeze import find_blocks, freeze
 
-def check(plan, model, optimizer, step):
-    """Before the update of a step, from 1; nothing from step 3 on. Or FreezeError."""
-    if step <= 2:
+def check(plan, model, optimizer):
+    """Once an update, between the last backward and step; from the third on, nothing. Those at rate
+    0, with which warmup begins, do not count: LoRA's A has zeros for longer then."""
+    update = plan.checks["updates"] + 1
+    if update <= 2:
         plan.check_model(model)
         plan.check_optimizer(optimizer)
-        plan.check_gradients(model, step)
+        plan.check_gradients(model, update)
+        plan.checks["updates"] += any(group["lr"] > 0 for group in optimizer.param_groups)
+
+def finish(plan, model, optimizer):
+    """After the last update."""
+    plan.set_modes(model)
+    plan.check_model(model)
+    plan.check_optimizer(optimizer)
+    once = plan.checks["updates"] == 1 or plan.checks["check_gradients"] < 2
+    plan.check_unchanged(model, trained=not once)  # one update leaves LoRA's A as it was
+    print(f"proved: {len(plan.frozen)} frozen tensors are bit-identical; {plan.summary()}")
 
 def train(model, plan, optimizer, batches, forward, backward=torch.Tensor.backward):
-    """A plain loop; `forward` is the model, or what it is wrapped in."""
-    for step, batch in enumerate(batches, 1):
+    """A plain loop; `forward` is the model, or what it is wrapped in. Batches are on its device."""
+    for batch in batches:
         plan.set_modes(model.train())
         backward(forward(**batch).loss)
-        check(plan, model, optimizer, step)
+        check(plan, model, optimizer)
         optimizer.step()
         optimizer.zero_grad()
-    plan.check_model(model)
-    plan.check_unchanged(model)
+    finish(plan, model, optimizer)
 
 def plain(model, policy, batches, lr):
     plan = freeze(model, policy)
     train(model, plan, torch.optim.AdamW(plan.parameters(), lr), batches, model)
 
 def accelerated(model, policy, batches, lr):
-    """accelerate, on one device or several (DDP)."""
+    """accelerate, on one device or several GPUs (DDP)."""
     from accelerate import Accelerator
     accelerator = Accelerator()
     plan = freeze(model.to(accelerator.device), policy)  # prepare() would move it
-    wrapped, optimizer = accelerator.prepare(model, torch.optim.AdamW(plan.parameters(), lr))
+    optimizer = torch.optim.AdamW(plan.parameters(), lr)
+    wrapped, optimizer, batches = accelerator.prepare(model, optimizer, batches)
     train(model, plan, optimizer, batches, wrapped, accelerator.backward)
 
 def ddp(model, policy, batches, lr):
@@ -59,32 +73,33 @@ def sharded(model, policy, batches, lr):
     train(model, plan, torch.optim.AdamW(plan.parameters(), lr), batches, model)
 
 def trainer_callback(policy):
-    """For transformers' Trainer and TRL's SFTTrainer, on one device or several (DDP)."""
+    """For the constructor of one of transformers' Trainer or TRL's SFTTrainer, without model_init;
+    on one device or several GPUs (DDP). Resumed, it compares with the model that was passed."""
     from transformers import TrainerCallback
     class Proof(TrainerCallback):
-        def on_init_end(self, args, state, control, model, **_):  # it is on its device
+        def on_init_end(self, args, state, control, model, **_):  # on its device, no optimizer yet
             self.plan = freeze(model, policy)
-            # Trainer calls model.train() in every step, so the modes are set just before forward.
-            model.register_forward_pre_hook(lambda *_: self.plan.set_modes(model))
+        def on_train_begin(self, args, state, control, model, **_):  # each step calls model.train()
+            self.hook = model.register_forward_pre_hook(lambda *_: self.plan.set_modes(model))
         def on_pre_optimizer_step(self, args, state, control, model, optimizer, **_):
-            check(self.plan, model, optimizer, state.global_step + 1)
-        def on_train_end(self, args, state, control, model, **_):
-            self.plan.check_model(model)
-            self.plan.check_unchanged(model)
+            check(self.plan, model, optimizer)
+        def on_train_end(self, args, state, control, model, optimizer, **_):
+            self.hook.remove()
+            finish(self.plan, model, optimizer)
     return Proof()
 
 def lightning_callback(policy):
-    """For Lightning. configure_optimizers gives what has requires_grad, not self.parameters()."""
+    """For Lightning, with one optimizer: give it what has requires_grad, not self.parameters()."""
     from lightning.pytorch import Callback
     class Proof(Callback):
         def setup(self, trainer, module, stage):
-            if stage == "fit":
+            if stage == "fit":  # on its device and in its type
+                module = trainer.precision_plugin.convert_module(module)
                 self.plan = freeze(module.to(trainer.strategy.root_device), policy)
         def on_train_batch_start(self, trainer, module, batch, index):
             self.plan.set_modes(module.train())
         def on_before_optimizer_step(self, trainer, module, optimizer):
-            check(self.plan, module, optimizer, trainer.global_step + 1)
+            check(self.plan, module, optimizer)
         def on_train_end(self, trainer, module):
-            self.plan.check_model(module)
-            self.plan.check_unchanged(module)
+            finish(self.plan, module, trainer.optimizers[0])
     return Proof()

@@ -5,6 +5,7 @@ after the first update, is caught when it happens. Then public bugs, in the vers
 proof speaks if and only if they still happen. tests/README.md has the table, with links."""
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,6 +43,7 @@ def theirs(**more):
     """A tiny GPT-2 of transformers."""
     T = package("transformers")
     T.logging.set_verbosity_error()
+    torch.manual_seed(0)
     sizes = dict(vocab_size=31, n_positions=16, n_layer=3, n_head=2, n_embd=8, **more)
     return T.GPT2LMHeadModel(T.GPT2Config(bos_token_id=1, eos_token_id=2, **sizes))
 
@@ -52,7 +54,7 @@ def alone():
     yield
     dist.destroy_process_group()
 
-def run_trainer(model, callbacks, path, sft=False, **more):
+def run_trainer(model, callbacks, path, sft=False, resume=None, **more):
     """transformers' Trainer, or TRL's SFTTrainer, for four steps; returns it."""
     trl, T = package("trl") if sft else None, package("transformers")
     args = dict(output_dir=path, max_steps=4, learning_rate=1e-2, use_cpu=True, report_to=[],
@@ -67,10 +69,10 @@ def run_trainer(model, callbacks, path, sft=False, **more):
                     tokenizer_object=core, eos_token="2", pad_token="2")}
     trainer = (trl.SFTTrainer(args=trl.SFTConfig(**args), **how) if sft else
                T.Trainer(args=T.TrainingArguments(**args), **how))
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return trainer
 
-def run_lightning(model, callbacks, path=None):
+def run_lightning(model, callbacks, **more):
     """Lightning's Trainer, with a validation after every epoch."""
     L = package("lightning.pytorch")
 
@@ -90,7 +92,7 @@ def run_lightning(model, callbacks, path=None):
     off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar",
                          "enable_model_summary"), False)
     loader = torch.utils.data.DataLoader(BATCHES, batch_size=None)
-    L.Trainer(max_steps=4, accelerator="cpu", callbacks=callbacks, **off).fit(
+    L.Trainer(max_steps=4, accelerator="cpu", callbacks=callbacks, **off, **more).fit(
         Module(), loader, loader)
 
 def run(trainer, model, policy, path):
@@ -116,33 +118,40 @@ def test_each_trainer_trains_what_the_policy_says_and_passes(trainer, tmp_path, 
     after = {n: whole(p.detach()) for n, p in model.named_parameters()}
     trained = {n for n in after if not torch.equal(after[n], before[n])}
     assert trained == {n for n in after if re.search(r"\.h\.2\..*weight|ln_f.weight", n)}
-    assert set(plans[0].checks.items()) == {("check_model", 3), ("check_optimizer", 2),
-                                            ("check_gradients", 2), ("check_unchanged", 1)}
+    assert plans[0].checks == {"check_model": 3, "check_optimizer": 3, "check_gradients": 2,
+                               "check_unchanged": 1, "updates": 2}
     assert (False, False, True) * 4 == tuple(modes)[-12:] or trainer == "lightning"
+    assert not model._forward_pre_hooks or trainer == "sharded"  # FSDP's own
+
+def cut(net):
+    net.h[2].ln_2.register_forward_hook(lambda module, x, y: y.detach())
 
 def drop(optimizer, parameter):
     for group in optimizer.param_groups:
         group["params"] = [p for p in group["params"] if p is not parameter]
 
-PLANTED = [  # what is done after the first update; what is said, and after how many updates
-    (lambda net, o: net.wpe.weight.requires_grad_(),
+PLANTED = [  # after which update, what is done; what is said, and after how many updates
+    (1, lambda net, o: net.wpe.weight.requires_grad_(),
      r"requires_grad is not as planned: \S*wpe.weight is True; it was set since freeze", 1),
-    (lambda net, o: drop(o, net.ln_f.bias),
+    (1, lambda net, o: drop(o, net.ln_f.bias),
      r"the optimizer lacks what should train: \S*ln_f.bias; give it plan.parameters", 1),
-    (lambda net, o: net.h[2].ln_2.register_forward_hook(lambda m, x, y: y.detach()),
+    (3, lambda net, o: drop(o, net.ln_f.bias), r"the optimizer lacks what should train", 4),
+    (1, lambda net, o: cut(net),
      r"trainable, but no gradient: \S*h.2.ln_2.bias, \S*h.2.ln_2.weight; is it left out", 1),
-    (lambda net, o: net.wpe.weight.data.add_(1),
-     r"frozen, but changed: \S*wpe.weight; find what else writes", 4)]
+    (1, lambda net, o: net.wpe.weight.data.add_(1),
+     r"frozen, but changed: \S*wpe.weight; find what else writes", 4),
+    (4, lambda net, o: net.h[2].ln_2.bias.data.zero_(),
+     r"should have trained, but did not change: \S*h.2.ln_2.bias; too low a rate", 4)]
 
-@pytest.mark.parametrize("deed, says, updates", PLANTED, ids=lambda v: str(v)[:30])
+@pytest.mark.parametrize("after, deed, says, updates", PLANTED, ids=lambda v: str(v)[:30])
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_a_planted_violation_is_caught_when_it_happens(
-        trainer, deed, says, updates, tmp_path, alone):
+        trainer, after, deed, says, updates, tmp_path, alone):
     model, done = make(trainer), []
 
     def plant(optimizer, *_):
         done.append(1)
-        if len(done) == 1:
+        if len(done) == after:
             deed(model.transformer, optimizer)
 
     hook = register_optimizer_step_post_hook(plant)
@@ -152,6 +161,26 @@ def test_a_planted_violation_is_caught_when_it_happens(
     finally:
         hook.remove()
     assert len(done) == updates
+
+@pytest.mark.parametrize("how", [{"warmup_steps": 2}, {"max_steps": 1}], ids=str)
+def test_warmup_from_zero_a_single_step_and_others_callbacks_raise_no_alarm(tmp_path, how):
+    class Awake(package("transformers").TrainerCallback):
+        def on_step_end(self, args, state, control, model, **_):
+            model.train()  # as after text to look at
+
+    run_trainer(adapted(lora_dropout=0.1), [recipes.trainer_callback("lora"), Awake()], tmp_path,
+                **how)
+    run_lightning(Ours(), [recipes.lightning_callback("last:1")], precision="64-true")
+
+@pytest.mark.parametrize("deed", [cut, lambda net: None], ids=["cut", "right"])
+def test_a_resumed_trainer_is_checked_like_a_new_one(tmp_path, deed):
+    how = dict(path=tmp_path, save_strategy="steps", save_steps=2)
+    run_trainer(theirs(), [recipes.trainer_callback("last:1")], **how)
+    model, wrong = theirs(), pytest.raises(FreezeError, match="no gradient: .*ln_2.bias")
+    deed(model.transformer)
+    with wrong if deed is cut else nullcontext():
+        run_trainer(model, [recipes.trainer_callback("last:1")], resume=f"{tmp_path}/checkpoint-2",
+                    **how)
 
 # ---- public bugs: each gives whether it happens in this version, and what the proof is asked then
 
@@ -295,4 +324,4 @@ def test_the_proof_speaks_of_a_frameworks_bug_if_and_only_if_it_happens(bug, say
 
 def test_every_bug_of_a_framework_stands_in_the_table():
     table = (Path(__file__).parent / "README.md").read_text(encoding="utf-8")
-    assert not [bug for bug in BUGS if f"[#{bug.partition('#')[2]}](https://github.com" not in table]
+    assert [bug for bug in BUGS if f"[#{bug.partition('#')[2]}](https://" not in table] == []
