@@ -1,6 +1,5 @@
 """A policy trains exactly its names on any model; the proof fails when it should, only then."""
 
-import ast
 import json
 import os
 import re
@@ -24,10 +23,11 @@ ROOT = Path(__file__).resolve().parents[1]
 VOCAB = 29
 
 def small(lora_r=None, seed=0, **config):
-    """A random GPT-2 of three blocks."""
+    """A random GPT-2 of three blocks, with a buffer."""
     torch.manual_seed(seed)
     sizes = dict(vocab_size=VOCAB, block_size=8, n_layer=3, n_head=2, n_embd=8)
     model = GPT(GPTConfig(**{**sizes, **config}))
+    model.register_buffer("steps", torch.zeros(3))
     if lora_r:
         add_lora(model, r=lora_r)
     return model
@@ -41,7 +41,6 @@ class Run:
 
     def __init__(self, policy="last_block", lora_r=None, **config):
         self.model, self.steps = small(lora_r, **config), 0
-        self.model.register_buffer("steps", torch.zeros(3))
         self.start(policy)
 
     def start(self, policy):
@@ -68,8 +67,8 @@ of = lambda prefix, modules, leaves="weight bias": {
     f"{prefix}{module}.{leaf}" for module in modules.split() for leaf in leaves.split()}
 blocks = lambda *indices, modules=f"{NORMS} {MATRICES}", leaves="weight bias": {
     name for i in indices for name in of(f"h.{i}.", modules, leaves)}
-adapters = lambda *indices, modules=MATRICES: blocks(
-    *indices, modules=modules, leaves="lora_A.default lora_B.default")
+adapters = lambda *indices: blocks(
+    *indices, modules=MATRICES, leaves="lora_A.default lora_B.default")
 LN_F, EMBEDDINGS, HEAD = of("", "ln_f"), {"wte.weight", "wpe.weight"}, {"lm_head.weight"}
 ALL = blocks(0, 1, 2) | LN_F | EMBEDDINGS
 BIASES = blocks(0, 1, 2, leaves="bias") | {"ln_f.bias"}
@@ -85,26 +84,21 @@ POLICIES = [  # policies that mean the same, the model, what trains
     ("blocks:0,2,norms; norms,blocks:0,2", {}, blocks(0, 2) | ALL_NORMS),
     ("embeddings; *w?e.weight", {}, EMBEDDINGS), ("norms; *ln_*", {}, ALL_NORMS),
     ("biases; *.bias", {}, BIASES), ("norms,-biases", {}, ALL_NORMS - BIASES),
-    ("all,-embeddings", {}, ALL - EMBEDDINGS),
     ("all,-blocks:0,2", {}, blocks(1) | LN_F | EMBEDDINGS),
     ("all,-last_block", {}, blocks(0, 1) | EMBEDDINGS),
-    ("all,-last_block,ln_f.*", {}, blocks(0, 1) | EMBEDDINGS | LN_F),
     ("all, - norms , h.1.ln_2.*", {}, ALL - ALL_NORMS | blocks(1, modules="ln_2")),
-    ("*.mlp.*", {}, blocks(0, 1, 2, modules="mlp.c_fc mlp.c_proj")),
-    ("wpe.weight", {}, {"wpe.weight"}),
     ("head; last_layer; lm_head*; lm_head.weight", UNTIED, HEAD),
     ("all,-head; all,-last_layer", UNTIED, ALL), ("lora; *lora_*", ADAPTED, adapters(0, 1, 2)),
     ("all,-lora", ADAPTED, ALL),
     ("lora,last_block", {"lora_r": 2, "dropout": 0.2}, adapters(0, 1, 2) | blocks(2) | LN_F),
     ("blocks:1", ADAPTED, blocks(1)), ("lora,-h.0.*", ADAPTED, adapters(1, 2)),
-    ("h.1.attn.*", ADAPTED, blocks(1, modules="attn.c_attn attn.c_proj") |
-     adapters(1, modules="attn.c_attn attn.c_proj")),
     ("head", {"lora_r": 2, **UNTIED}, HEAD),
 ]
 POLICIES = [(policy, *rest) for policies, *rest in POLICIES for policy in policies.split(";")]
 
 @pytest.mark.parametrize("policy, config, names", POLICIES, ids=str)
-def test_a_policy_trains_exactly_its_names_and_a_clean_run_raises_no_alarm(policy, config, names):
+def test_a_policy_trains_exactly_its_names_raises_no_alarm_and_leaves_nothing_to_the_next(
+        policy, config, names):
     run = Run(policy, **config)
     model, plan, everything = run.model, run.plan, dict(run.model.named_parameters())
     assert resolve(model, policy) == names and plan.policy == policy
@@ -118,24 +112,23 @@ def test_a_policy_trains_exactly_its_names_and_a_clean_run_raises_no_alarm(polic
     run.check(M), run.check(U)
     assert {n for n, p in everything.items() if not torch.equal(p, before[n])} == names
     assert plan.checks == {M: 2, O: 4, G: 3, U: 1}
+    freeze(model, "biases")  # clears gradients and flags
+    assert {n for n, p in everything.items() if p.requires_grad} == BIASES
+    assert all(p.grad is None for p in everything.values())
 
 WRONG = [  # policies (";" between them), the model, what the message says
     ("head;all,-head;last_layer;lm_head*;l*;all,-lm_head*;lm_head.weight", {},
      "lm_head.weight, which is tied to wte.weight: name that, or untie them (--untie-head"),
     ("lora", {}, "'lora' matches no parameter (lora: add adapters first)"),
-    ("all,-foo*", {}, "'foo*' matches no parameter"),
     ("last_blok;Last_block;ln_f;last;none ,all,none", {}, " is unknown; there are all, none"),
     (";norms,;,norms;all,,norms;all, ;-;all,-;none,", {}, "'' is unknown; there are all, none"),
     ("--norms", {}, "'-norms' is unknown"), ("norms,1", {}, "'norms,1' is unknown"),
-    ("blocks:0,x", {}, "'x' is unknown"), ("-none;last_block,none", {}, "'none' is unknown"),
+    ("blocks:0,x", {}, "'x' is unknown"), ("last_block,none", {}, "'none' is unknown"),
     ("none;all,-all;norms,-ln*,-*ln*", {}, "trains nothing"),
     ("-norms;last_block,-first:1;norms,-norms,-norms", {}, "takes nothing away in '"),
-    ("last:4;first:4;first:0;last:0;last:-1;last:1.5;last:;last:1,2;first:1-2;first:-1", {},
-     ": 3 blocks were found; say last:2"),
-    ("blocks:3;blocks:0-3;blocks:2-1;blocks:0,2-1;blocks:;blocks:a;blocks:0--1;blocks:1-", {},
-     ": 3 blocks were found; say last:2"),
-    ("first:99999999999999999999;blocks:0-99999999999999999999", {}, "3 blocks were found"),
-    ("last_two_blocks", {"n_layer": 1}, "'last:2': 1 blocks"),
+    ("last:4;first:4;first:0;last:0;last:-1;last:1.5;last:;last:1,2;first:1-2;first:-1;"
+     "blocks:3;blocks:0-3;blocks:2-1;blocks:0,2-1;blocks:;blocks:a;blocks:0--1;blocks:1-;"
+     "blocks:0-99999999999999999999", {}, ": 3 blocks were found; say last:2"),
     ("gradual:1;lisa:1@2", {}, "in finetune.py gradual:K, lisa:K@N"),
 ]
 WRONG = [(policy, *rest) for policies, *rest in WRONG for policy in policies.split(";")]
@@ -218,7 +211,8 @@ OTHERS = {  # build; blocks, their matrices, norms and tensors; the norm after t
 for kind, task, norms, head in (
         ("Llama", "ForCausalLM", "", HEAD), ("Mistral", "ForCausalLM", "", HEAD),
         ("Llama", "ForSequenceClassification", "", {"score.weight"}),
-        ("Gemma", "ForCausalLM", "", "tied"), ("Qwen3", "ForCausalLM", " self_attn.q_norm self_attn.k_norm", HEAD),
+        ("Gemma", "ForCausalLM", "", "tied"),
+        ("Qwen3", "ForCausalLM", " self_attn.q_norm self_attn.k_norm", HEAD),
         ("Gemma2", "ForCausalLM", " pre_feedforward_layernorm post_feedforward_layernorm", "tied")):
     OTHERS[kind + task] = (
         lambda kind=kind, task=task: build(kind, task, num_key_value_heads=1, head_dim=4),
@@ -255,11 +249,9 @@ def test_terms_mean_the_same_on_other_models(name):
 @pytest.mark.filterwarnings("ignore")
 def test_terms_on_mamba_and_on_models_of_two_stacks_which_ask_for_patterns():
     mamba = build("Mamba", state_size=4, tie_word_embeddings=False)
-    block = of("backbone.layers.2.", "mixer.in_proj mixer.x_proj mixer.out_proj norm", "weight")
-    block |= of("backbone.layers.2.mixer.", "conv1d dt_proj")
-    block |= {"backbone.layers.2.mixer.A_log", "backbone.layers.2.mixer.D"}
-    agrees(mamba, {"last:1": block | {"backbone.norm_f.weight"}, "head": HEAD,
-                   "embeddings": {"backbone.embeddings.weight"}})
+    under = lambda model, name: {n for n, _ in model.named_parameters() if n.startswith(f"{name}.")}
+    agrees(mamba, {"last:1": under(mamba, "backbone.layers.2") | {"backbone.norm_f.weight"},
+                   "head": HEAD, "embeddings": {"backbone.embeddings.weight"}})
     sizes = dict(hidden_size=8, intermediate_size=12, num_attention_heads=2)
     text = dict(vocab_size=31, num_hidden_layers=3, bos_token_id=1, eos_token_id=2, **sizes)
     vision = dict(image_size=8, patch_size=4, num_hidden_layers=2, **sizes)  # shorter, same class
@@ -270,8 +262,7 @@ def test_terms_on_mamba_and_on_models_of_two_stacks_which_ask_for_patterns():
     agrees(t5, {"head": HEAD})  # the model says which
     for model, name in (clip, "text_model.encoder.layers.0"), (t5, "encoder.block.0"):
         which = f"blocks like .*{name}.*: say which by patterns"
-        inside = {n for n, _ in model.named_parameters() if n.startswith(f"{name}.")}
-        agrees(model, {"last:1": which, "blocks:0": which, f"{name}.*": inside})
+        agrees(model, {"last:1": which, "blocks:0": which, f"{name}.*": under(model, name)})
     agrees(clip, {"head": "blocks like .*: say which by patterns"})
 
 def test_terms_on_a_resnet_whose_stages_are_stacks_of_one_class():
@@ -295,23 +286,22 @@ class Part(nn.Module):
 Unlike = type("Unlike", (Part,), {})
 lists = lambda **kinds: nn.ModuleDict({
     name: nn.ModuleList(kind() for _ in range(n)) for name, (kind, n) in kinds.items()})
-TWO = ValueError("blocks like [ab].0 and like [ab].0: say which by patterns")
+TWO = "blocks like [ab].0 and like [ab].0: say which by patterns"
 NAMED = nn.Sequential()
 NAMED.add_module("low", nn.Linear(2, 2)), NAMED.add_module("high", nn.Linear(2, 2))
 
 @pytest.mark.parametrize("model, names", [
     (nn.Sequential(Part(), Part()), ["0", "1"]),
     (nn.Sequential(small()), ["0.h.0", "0.h.1", "0.h.2"]), (NAMED, ["low", "high"]),
-    (lists(a=(Part, 2)), ["a.0", "a.1"]),
     (lists(a=(Part, 3), b=(Unlike, 2)), ["a.0", "a.1", "a.2"]),
     (lists(a=(Unlike, 2), b=(Part, 3)), ["b.0", "b.1", "b.2"]),
     (lists(a=(Part, 3), b=(nn.Dropout, 4)), ["a.0", "a.1", "a.2"]),
-    (nn.Sequential(nn.Linear(2, 2), nn.ReLU()), []),
+    (nn.Sequential(nn.Linear(2, 2), nn.ReLU()), "0 blocks were found; say last:2, or a pattern"),
     (lists(a=(Part, 3), b=(Part, 2)), TWO), (lists(a=(Part, 2), b=(Unlike, 2)), TWO),
-], ids=range(10))
+], ids=range(9))
 def test_the_blocks_are_the_longest_list_of_modules_of_one_class(model, names):
-    if names is TWO or not names:
-        agrees(model, {"last:1": str(TWO) if names else "0 blocks were found; say last:2, or a p"})
+    if isinstance(names, str):
+        agrees(model, {"last:1": names})
     else:
         assert find_blocks(model) == names
 
@@ -321,7 +311,6 @@ def test_terms_mean_no_more_than_they_say():
     model["h"].append(nn.Linear(2, 2))  # the norm does not follow the blocks
     agrees(model, {"last:1": of("h.", "1"), "head": of("", "pool"), "norms": of("", "before norm")})
     agrees(small(n_layer=11), {"blocks:1": blocks(1)})
-    agrees(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), {"head": NO, "last:1": of("", "1")})
     agrees(nn.ModuleDict({"a": encoder(), "b": encoder(), "out": nn.Linear(8, 2)}), {
         "head": of("", "out"), "last:1": "blocks like a.layers.0 and like b.layers.0: say which"})
     adapted = {"low": nn.Linear(2, 2), "lora_A": nn.Linear(2, 2), "lora_norm": nn.LayerNorm(2)}
@@ -380,13 +369,10 @@ def test_other_optimizers_and_dtypes_are_proved_like_adamw_and_float32():
     with pytest.raises(FreezeError, match="frozen, but changed: codes, wte.weight"):
         plan.check_unchanged(run.model)
 
-def test_a_gradient_may_be_zero_in_step_1_or_in_step_2_but_not_in_both():
+def test_a_gradient_may_be_zero_in_step_1_or_in_step_2():
     run = Run("lora", lora_r=2)
     run.backward(), run.check(G)  # of A zero, because B is zero
     assert not run.model.h[0].attn.c_attn.lora_A["default"].grad.any()
-    run.backward()  # no update since
-    with pytest.raises(FreezeError, match="zero gradients: .*lora_A.default.*; is it left out of"):
-        run.check(G)
     run.optimizer.step(), run.backward()
     run.model.h[0].attn.c_attn.lora_B["default"].grad.zero_()
     run.check(G)
@@ -402,15 +388,6 @@ def test_gradients_too_large_or_small_to_square_and_those_of_rows_are_fine(dtype
     with pytest.raises(FreezeError, match="not finite: weight; lower the rate"):
         plan.check_gradients(model, 2)
 
-def test_freezing_again_clears_gradients_and_flags_of_before():
-    run = Run("all")
-    run.backward()
-    plan = freeze(run.model, "norms")
-    assert all(p.grad is None for p in run.model.parameters())
-    assert {n for n, p in run.model.named_parameters() if p.requires_grad} == set(plan.trainable)
-    assert all(p.requires_grad for p in freeze(run.model, "all").parameters())
-    plan.check_unchanged(run.model, trained=False)  # too short a run is not asked to have moved
-
 # ---- planted violations
 
 get = lambda run, name: run.model.get_parameter(name)
@@ -421,31 +398,18 @@ def add(run, name, value):
 def data(run, name, value):
     get(run, name).data = value(get(run, name).data)
 
-def swap(run, name):
+def swap(run, name):  # for another parameter over the same memory
     module, _, leaf = name.rpartition(".")
-    setattr(run.model.get_submodule(module), leaf, nn.Parameter(get(run, name).detach().clone()))
-
-def widen_a_view(run):
-    flat, ln = torch.randn(16), run.model.h[0].ln_1
-    ln.weight.data, ln.bias.data = flat[:8], flat[8:]
-    run.start("last_block")
-    ln.weight.data = flat[:9]
+    setattr(run.model.get_submodule(module), leaf, nn.Parameter(get(run, name).detach()))
 
 def optimize(run, *more, without=None):
     kept = [p for p in run.plan.parameters() if p is not without]
     run.optimizer.param_groups[0]["params"] = [*kept, *more]
 
-def mask_gradients(run):
-    for p in run.model.h[2].mlp.c_fc.parameters():
-        p.register_hook(torch.zeros_like)
-    run.backward(), run.check(G), run.backward()
-
 def prove(run, policy, **config):
-    model = small(**config)
-    model.register_buffer("steps", torch.zeros(3))
-    run.proof = freeze(model, policy).proof
+    run.proof = freeze(small(**config), policy).proof
 
-LORA, DROPS = {"policy": "lora", "lora_r": 2}, {"dropout": 0.1}
+LORA, DROPS, WPE = {"policy": "lora", "lora_r": 2}, {"dropout": 0.1}, "wpe.weight"
 PLAN, MODE, LN = "requires_grad is not as planned: ", "in train mode: ", "h.2.ln_1.weight"
 HAS, LACKS = "holds what does not train, or holds it twice: ", "lacks what should train"
 OBJECT, NONE = "added, removed or replaced: ", "frozen, but with a gradient where None belongs: "
@@ -454,53 +418,37 @@ VIOLATIONS = [  # the check, what it says, arguments of Run, the deed; more in t
     (M, PLAN + "h.0.ln_1.bias is True; it was set since", {},
      lambda r: get(r, "h.0.ln_1.bias").requires_grad_(True)),
     (M, OBJECT + "extra;", {}, lambda r: setattr(r.model, "extra", nn.Parameter(torch.ones(2)))),
-    (M, OBJECT + "h.0.attn.c_attn.lora_A", {}, lambda r: add_lora(r.model, r=2)),
     (M, OBJECT + "ln_f.bias;", {}, lambda r: setattr(r.model.ln_f, "bias", None)),
-    (M, OBJECT + f"{LN};", {}, lambda r: data(r, LN, torch.clone)),
     (M, OBJECT + "lm_head.weight, wte.weight;", {}, lambda r: data(r, "wte.weight", torch.clone)),
     (M, OBJECT + "lm_head.weight;", {}, lambda r: swap(r, "lm_head.weight")),
     (M, OBJECT + "lm_head.weight;", UNTIED,
      lambda r: setattr(r.model.lm_head, "weight", r.model.wte.weight)),
-    (M, OBJECT + LN, {}, lambda r: data(r, LN, lambda _: get(r, "h.0.ln_1.weight").data)),
-    (M, OBJECT + "h.0.ln_1.weight;", {}, widen_a_view), (M, OBJECT + "wpe.weight", {},
-     lambda r: data(r, "wpe.weight", lambda w: w.view(torch.int32))),
+    (M, OBJECT + WPE, {}, lambda r: data(r, WPE, lambda w: w[:4])),
+    (M, OBJECT + WPE, {}, lambda r: data(r, WPE, lambda w: w.view(torch.int32))),
     (U, OBJECT + "h.2.attn.c_proj.w", {}, lambda r: data(r, "h.2.attn.c_proj.weight", torch.t)),
-    (U, OBJECT, {}, lambda r: r.model.half().float()),
     (G, OBJECT + LN, {}, lambda r: (swap(r, LN), r.backward())),
     (M, "^buffers changed: steps; call plan.set_modes", {}, lambda r: r.model.steps.add_(1)),
-    (G, "^buffers changed: steps;", {}, lambda r: (r.backward(), r.model.steps.add_(1))),
-    (U, "^buffers changed: steps;", {}, lambda r: setattr(r.model, "steps", torch.ones(3))),
     (M, "^buffers changed: more;", {}, lambda r: r.model.register_buffer("more", torch.ones(3))),
     (M, "^buffers changed: steps;", {}, lambda r: delattr(r.model, "steps")),
     (M, MODE + "h.1.mlp.dropout;", DROPS, lambda r: r.model.h[1].mlp.dropout.train()),
     (M, MODE + "h.0.attn.c_attn, h.0.attn.c_proj, h.0.mlp.c_fc, h.0.mlp.c_proj;",
      {"policy": "lora,-h.0.*", "lora_r": 2}, lambda r: r.model.train()),
     (O, HAS + "ln_f.bias;", {}, lambda r: optimize(r, get(r, "ln_f.bias"))),
-    (O, HAS + "ln_f.bias;", {},
-     lambda r: r.optimizer.param_groups.append({"params": [get(r, "ln_f.bias")]})),
-    (O, HAS + r"a tensor \(8,\) not in the model;", {},
-     lambda r: optimize(r, nn.Parameter(torch.zeros(8)))),
+    (O, HAS + r"a tensor \(8,\) not in the model;", {}, lambda r: optimize(r, torch.zeros(8))),
     (O, LACKS + r": ln_f.weight; give", {}, lambda r: optimize(r, without=get(r, "ln_f.weight"))),
     (G, NONE + "h.0.ln_1.bias; only backward", {},
      lambda r: (get(r, "h.0.ln_1.bias").requires_grad_(True), r.backward())),
     (G, "the gradient is not finite: ln_f.weight; lower", {},
-     lambda r: (r.backward(), get(r, "ln_f.weight").grad[3].fill_(torch.nan))),
-    (G, "the gradient is not finite: ln_f.weight;", {},
      lambda r: (r.backward(), get(r, "ln_f.weight").grad[3].fill_(-torch.inf))),
-    (G, "^zero gradients: h.2.mlp.c_fc.bias, h.2.mlp.c_fc.weight;", {}, mask_gradients),
-    (U, MOVED + "wpe.weight; find", {},  # by one bit
-     lambda r: get(r, "wpe.weight").data.view(torch.int32)[2, 3].bitwise_xor_(1)),
-    (U, MOVED + "h.1.ln_2.bias;", {}, lambda r: get(r, "h.1.ln_2.bias").data.neg_()),  # -0.0
-    (U, MOVED + "wte.weight;", {}, lambda r: add(r, "lm_head.weight", 1)),
-    (U, MOVED + "h.0.attn.c_attn.weight;", LORA, lambda r: add(r, "h.0.attn.c_attn.weight", 1e-6)),
+    (G, "^zero gradients: h.0.attn.c_attn.lora_A.default, .* and 7 more; is it left out of", LORA,
+     lambda r: (r.backward(), r.check(G), r.backward())),  # no update in between
+    (U, MOVED + WPE + "; find", {},  # by one bit
+     lambda r: get(r, WPE).data.view(torch.int32)[2, 3].bitwise_xor_(1)),
     (U, STUCK + "ln_f.bias; is the learning", {},
      lambda r: (optimize(r, without=r.model.ln_f.bias), r.train())),
     (U, STUCK + "h.2.attn.c_attn.bias, .* and 9 more;", {},
      lambda r: (r.optimizer.param_groups[0].update(lr=0.0), r.train())),
-    (U, STUCK + "h.0.attn.c_attn.lora_B.default", LORA,
-     lambda r: (get(r, "h.0.attn.c_attn.lora_B.default").requires_grad_(False), r.train())),
     ("resume", "trained 'lora', here 'lora'", LORA, lambda r: prove(r, "lora", lora_r=1)),
-    ("resume", MOVED + "h.0", {}, lambda r: prove(r, "last_block", seed=1)),
     ("resume", MOVED + "h.1.ln_1.bias;", {},
      lambda r: (prove(r, "last_block"), add(r, "h.1.ln_1.bias", 1e-30))),
     ("resume", "^buffers changed: steps;", {},
@@ -533,15 +481,13 @@ def test_planted_violations_are_caught_under_python_O_too():
     result = subprocess.run([sys.executable, "-O", "-W", "ignore", "-c", code], text=True,
                             capture_output=True, env=os.environ | {"PYTHONPATH": paths})
     assert result.stdout.strip() == f"False {len(VIOLATIONS)} []", result.stdout + result.stderr
-    tree = ast.parse((ROOT / "freeze.py").read_text())
-    assert not [node for node in ast.walk(tree) if isinstance(node, ast.Assert)]
+    assert not re.search(r"^\s*assert\b", (ROOT / "freeze.py").read_text(), re.M)
 
 attn_and_mlp = "h.{0}.attn.resid_dropout h.{0}.mlp.dropout".format
 
 @pytest.mark.parametrize("policy, active", [
-    ("last_block", attn_and_mlp(2)), ("embeddings", "drop"), ("first:1", attn_and_mlp(0)),
-    ("ln_f.*", ""), ("h.1.mlp.c_proj.*", "h.1.mlp.dropout"), ("h.1.ln_1.*", ""),
-    ("wpe.*,h.1.*", f"drop {attn_and_mlp(1)}"),
+    ("last_block", attn_and_mlp(2)), ("embeddings", "drop"), ("h.1.ln_1.*", ""),
+    ("h.1.mlp.c_proj.*", "h.1.mlp.dropout"), ("wpe.*,h.1.*", f"drop {attn_and_mlp(1)}"),
     ("all", " ".join(["drop", *map(attn_and_mlp, range(3))]))])
 def test_dropout_acts_in_what_trains_and_not_before_it(policy, active):
     model = small(dropout=0.5)
@@ -556,6 +502,7 @@ def test_dropout_acts_in_what_trains_and_not_before_it(policy, active):
     plan.check_model(model)
     plan.set_modes(model.eval())
     assert not any(m.training for m in model.modules())
+    plan.check_model(model)
 
 @pytest.mark.parametrize("policy, modes", [("4.*", [0, 0, 0, 0, 1, 1]), ("0.*", [1, 1, 0, 1, 0, 1]),
                                            ("2.*", [0, 0, 1, 1, 0, 1]), ("all", [1] * 6)])
@@ -582,10 +529,8 @@ def test_a_module_without_parameters_rests_where_nothing_at_or_before_it_trains(
 def test_train_mode_of_frozen_parts_matters_with_dropout_and_statistics_alone():
     for module in (nn.AlphaDropout(0.1), nn.MultiheadAttention(4, 1, dropout=0.1)):
         assert freeze_file.depends_on_mode(module)
-    for dropout, mode in ((0.0, True), (0.5, False)):
-        run = Run(dropout=dropout)
-        run.plan.check_model(run.model.train(mode))
-        assert run.plan.checks["check_model"] == 1
+    model = small()  # without either
+    freeze(model, "last_block").check_model(model.train())
 
 def test_what_a_trained_parametrization_keeps_beside_its_weight_may_change():
     for norm in (nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm):
@@ -602,10 +547,9 @@ def test_what_a_trained_parametrization_keeps_beside_its_weight_may_change():
 def test_digests_are_equal_for_bit_identical_tensors_alone():
     six, digest = torch.arange(6.0), lambda tensor: digests({"t": tensor})["t"]
     tensors = [six, six.reshape(2, 3), six.reshape(2, 3).T, six.double(), six.half(), six.long(),
-               six.bfloat16(), torch.tensor([True, False]), torch.tensor(1.0), torch.empty(0),
+               torch.tensor([True, False]), torch.tensor(1.0), torch.empty(0), torch.empty(3, 0),
                torch.tensor([torch.nan]), torch.zeros(1).expand(4), -torch.zeros(4),
-               torch.zeros(2, 2), torch.zeros(8, dtype=torch.half), torch.empty(3, 0),
-               torch.zeros(8, dtype=torch.bfloat16)]
+               torch.zeros(8, dtype=torch.half), torch.zeros(8, dtype=torch.bfloat16)]
     assert len(set(map(digest, tensors))) == len(tensors)
     for tensor in tensors:
         copy = tensor.clone().contiguous()
@@ -618,17 +562,15 @@ def test_digests_are_equal_for_bit_identical_tensors_alone():
 def test_the_fingerprint_is_of_what_trains_and_not_of_how_it_was_said():
     fingerprint = lambda policy, **config: freeze(small(**config), policy).fingerprint
     same = {fingerprint("last_block"), fingerprint("last:1"), fingerprint("h.2.*,ln_f.*", seed=1)}
-    others = {fingerprint("last:2"), fingerprint("last_block", n_embd=4),
-              fingerprint("last_block", vocab_size=30), fingerprint("last_block", lora_r=2),
-              fingerprint("last_block", tie_word_embeddings=False)}
-    assert len(same) == 1 and len(others | same) == 6
+    others = {fingerprint("last:2"), fingerprint("last_block", vocab_size=30),
+              fingerprint("last_block", lora_r=2), fingerprint("last_block", **UNTIED)}
+    assert len(same) == 1 and len(others | same) == 5
 
-@pytest.mark.parametrize("policy, lora_r", [("last_block", None), ("lora,norms", 2)])
-def test_a_resumed_run_goes_on_proving_against_the_first_digests(policy, lora_r):
-    first, second = Run(policy, lora_r), Run(policy, lora_r, seed=1)
+def test_a_resumed_run_goes_on_proving_against_the_first_digests():
+    first, second = Run("lora,norms", lora_r=2), Run("lora,norms", lora_r=2, seed=1)
     first.train(), first.check(G), first.check(U)
     second.model.load_state_dict(first.model.state_dict())
-    second.start(policy)  # frozen only after the checkpoint was loaded
+    second.start("lora,norms")  # frozen only after the checkpoint was loaded
     with pytest.raises(FreezeError, match="did not change"):
         second.check(U)
     second.proof = json.loads(json.dumps(first.plan.proof))
@@ -674,8 +616,7 @@ def test_schedule_cuts_a_policy_into_static_spans(policy, steps, per_epoch, span
 @pytest.mark.parametrize("policy", [
     "gradual:", "gradual:0", "gradual:4", "gradual:x", "gradual:-1", "gradual:1@2", "gradual:1,2",
     "lisa:1", "lisa:1@", "lisa:1@0", "lisa:1@-2", "lisa:1@x", "lisa:0@2", "lisa:4@2", "lisa:@2",
-    "lisa:1@2,3", "-lisa:1@2", "all,-lisa:1@2", "all, - gradual:1", "lisa:1@2,gradual:1",
-    "gradual:1,gradual:2", "lisa:1@2,-lisa:1@2"])
+    "lisa:1@2,3", "-lisa:1@2", "all, - gradual:1", "lisa:1@2,gradual:1", "gradual:1,gradual:2"])
 def test_a_wrong_schedule_is_a_value_error_that_says_what_is_right(policy):
     message = f"{policy!r}: say gradual:K or lisa:K@N, once, no -, 0 < K < 4"
     with pytest.raises(ValueError, match=re.escape(message)):

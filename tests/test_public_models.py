@@ -17,10 +17,10 @@ from test_lora import IDS, random_model, trained
 TINY = Path(gpt.__file__).with_name("tiny") / "model"
 C_FC, WTE = "transformer.h.0.mlp.c_fc.weight", "transformer.wte.weight"
 
-def adapted(base="gpt2"):
+def adapted():
     """Write an adapter that changes the logits to `adapter`."""
     model = trained(random_model())
-    lora.save_lora(model, "adapter", base=base)
+    lora.save_lora(model, "adapter")
     return model
 
 @pytest.fixture
@@ -40,8 +40,11 @@ def config(*drop, **changes):
 def tensors(change, file="model.safetensors"):
     return lambda folder: write_safetensors(folder / file, change(read_safetensors(folder / file)))
 
-def prefixed(prefix):
-    return tensors(lambda t: {prefix + name: p for name, p in t.items()})
+def renamed(old, new):
+    return lambda t: {name.replace(old, new): p for name, p in t.items()}
+
+def more(name, *shape):
+    return lambda t: t | {name: torch.ones(*shape)}
 
 def linked(folder):  # as snapshots/HASH of the hub's cache
     Path("blobs").mkdir()
@@ -52,22 +55,12 @@ def linked(folder):  # as snapshots/HASH of the hub's cache
 def file(name, content):
     return lambda folder: (folder / name).write_bytes(content)
 
-def older_shard(folder):
-    name = "model-00002-of-00002.safetensors"
-    write_safetensors(folder / name, {C_FC: torch.zeros(16, 64)})
-
 def packed(t):  # 4 bits, by bitsandbytes
     bits = torch.zeros(512, 1, dtype=torch.uint8)
     return t | {C_FC: bits, C_FC + ".absmax": torch.ones(18), C_FC + ".quant_map": torch.ones(16)}
 
 def linear(t):  # [out, in], as nanoGPT has them
     return {n: p.t() if n.endswith(gpt.CONV1D) else p for n, p in t.items()}
-
-def wrapped(t):
-    return {n.replace("c_fc.weight", "c_fc.base_layer.weight"): p for n, p in t.items()}
-
-def extra(name, *shape):
-    return tensors(lambda t: t | {name: torch.ones(*shape)})
 
 def adapter_beside(folder):
     adapted()
@@ -78,17 +71,19 @@ def adapter_beside(folder):
     ("SceneWorks#1333", file("._model.safetensors", b"\0\5\x16\7Mac OS X"), None),
     ("CoSER#3", file("model.safetensors.index.json", b'{"weight_map": {"a": "b"}}'), None),
     ("transformers#26729", file("pytorch_model.bin", b"PK older weights"), None),
-    ("transformers#13573", config(reorder_and_upcast_attn=True), None),
-    ("transformers#7275", config(pad_token_id=0, eos_token_ids=0, n_ctx=99), None),
+    ("transformers#13573, transformers#7275",
+     config(reorder_and_upcast_attn=True, pad_token_id=0, eos_token_ids=0, n_ctx=99), None),
     ("transformers#3799", config("tie_word_embeddings", "architectures"), None),
-    ("nanoGPT#325", prefixed("_orig_mod."), "Missing.*wpe.weight"),
-    ("sentence-transformers#3865", prefixed("base_model.model."), "Missing.*wpe"),
-    ("peft#2092", tensors(wrapped), "Unexpected.*c_fc.base_layer"),
-    ("mlx-vlm#1464", older_shard, "h.0.mlp.c_fc.weight is there twice"),
+    ("nanoGPT#325, sentence-transformers#3865",
+     tensors(renamed("transformer.", "_orig_mod.transformer.")), "Missing.*wpe.weight"),
+    ("peft#2092", tensors(renamed("c_fc.", "c_fc.base_layer.")), "Unexpected.*c_fc.base_layer"),
+    ("mlx-vlm#1464", lambda folder: write_safetensors(
+        folder / "model-00002-of-00002.safetensors", {C_FC: torch.zeros(16, 64)}),
+     "h.0.mlp.c_fc.weight is there twice"),
     ("vllm#54230", file("model-1.safetensors", b"cut"), "no safetensors file"),
     ("bitsandbytes#1946", tensors(packed), "c_fc.weight .*integers"),
     ("nanoGPT#190", tensors(linear), "size mismatch for h.0.attn.c_attn.weight"),
-    ("transformers#25732", extra(WTE, 64, 16), "size mismatch for wte.weight"),
+    ("transformers#25732", tensors(more(WTE, 64, 16)), "size mismatch for wte.weight"),
     ("sglang#32028", config("n_head", num_attention_heads=2), "attention_heads 2"),
     ("transformers#43781", adapter_beside, "merge it first"),
 ], ids=lambda v: str(v)[:50])
@@ -101,26 +96,17 @@ def test_a_model_folder_loads_with_its_logits_or_is_refused_in_one_error(
     with pytest.raises((ValueError, OSError), match=f"(?s){folder}.*{message}"):
         GPT.from_pretrained(folder)
 
-def renamed(old, new):
-    return lambda t: {name.replace(old, new): p for name, p in t.items()}
-
-def cast(dtype):
-    return lambda t: {name: p.to(dtype) for name, p in t.items()}
-
-def more(name, *shape):
-    return lambda t: t | {f"base_model.model.{name}": torch.ones(*shape)}
-
 same, ODD = dict, "is missing, extra, misshapen"
 
 @pytest.mark.parametrize("report, change, settings, message", [  # None: it loads
-    ("peft#1706", cast(torch.bfloat16), {}, None),
+    ("peft#1706", lambda t: {name: p.bfloat16() for name, p in t.items()}, {}, None),
     ("peft#2001", same, {"base_model_name_or_path": "/content/gone"}, None),
     ("lmdeploy#1284", same, {"loftq_config": {}, "lora_bias": False, "eva_config": None}, None),
     ("peft#2892", lambda t: {}, {}, "lora_A.default " + ODD),
     ("peft#2699", renamed(".weight", ".default.weight"), {}, "lora_.* " + ODD),
     ("torchtune#1399", renamed("transformer.", "_orig_mod."), {}, ODD),
-    ("peft#2415", more("lm_head.weight", 64, 24), {}, "lm_head.default " + ODD),
-    ("peft#2092", more("lm_head.base_layer.weight", 61, 24), {}, "base_layer"),
+    ("peft#2415, peft#2092", more("base_model.model.lm_head.weight", 64, 24), {},
+     "lm_head.default " + ODD),
     ("peft#3585", same, {"trainable_token_indices": [1]}, "trainable_token"),
 ], ids=lambda v: str(v)[:50])
 def test_an_adapter_loads_or_is_refused_and_changes_nothing(
@@ -137,9 +123,6 @@ def test_an_adapter_loads_or_is_refused_and_changes_nothing(
         lora.load_lora(model, "adapter")
     assert list(model.state_dict()) == before
 
-def merge(*flags):
-    return lora.main(["merge", *map(str, flags)])
-
 @pytest.mark.parametrize("report, settings, expected", [
     ("unsloth#5386", {"eos_token_id": 7}, 7), ("mlx-vlm#309", {"eos_token_id": [7, 9]}, [7, 9]),
     ("mlx-lm#1414", None, 50256)])  # transformers' default
@@ -147,7 +130,8 @@ def test_a_merged_model_ends_as_its_base_and_transformers_loads_it(
         folder, report, settings, expected):
     config(*([] if settings else ["eos_token_id"]), **settings or {})(folder)
     adapted()
-    assert merge("--base", folder, "--adapter", "adapter", "--out", "out") == 0
+    flags = "--base model --adapter adapter --out out"
+    assert lora.main(["merge", *flags.split()]) == 0
     assert read_json("out/config.json")["eos_token_id"] == expected
     transformers = pytest.importorskip("transformers", reason="transformers is the oracle")
     assert transformers.GPT2Config.from_pretrained("out").eos_token_id == expected
@@ -159,8 +143,9 @@ def merges(change):
 def settings(**values):
     return lambda folder: (folder / "tokenizer_config.json").write_text(json.dumps(values))
 
-def token(content, special):
-    return {"content": content, "special": special, "lstrip": False, "rstrip": False}
+def added(index, content, special):
+    token = {"content": content, "special": special, "lstrip": False, "rstrip": False}
+    return settings(added_tokens_decoder={index: token})
 
 @pytest.mark.parametrize("report, change, loads", [
     ("litellm#42208", merges(lambda text: text.replace(b"\n", b"\r\n")), True),
@@ -169,10 +154,8 @@ def token(content, special):
     ("llama.cpp#9696", merges(lambda text: text + b"a b\n"), False),
     ("transformers#42481", settings(add_prefix_space=False), True),
     ("transformers#42481", settings(add_prefix_space=True), False),
-    ("tokenizers#1422", settings(
-        added_tokens_decoder={"2047": token("<|endoftext|>", True)}), True),
-    ("onnxruntime-extensions#890", settings(
-        added_tokens_decoder={"2048": token("<new>", False)}), False),
+    ("tokenizers#1422", added("2047", "<|endoftext|>", special=True), True),
+    ("onnxruntime-extensions#890", added("2048", "<new>", special=False), False),
 ], ids=lambda v: str(v)[:50])
 def test_a_tokenizer_gives_the_same_ids_or_is_refused(tmp_path, report, change, loads):
     text = "Hello  there, <new> world"
@@ -189,12 +172,9 @@ def test_a_tokenizer_gives_the_same_ids_or_is_refused(tmp_path, report, change, 
 def test_ids_beyond_the_tokenizer_are_no_text(tmp_path, capsys):
     """huggingface/transformers#8472 and #24372, karpathy/build-nanogpt#81, Code-LMs#42."""
     folder = shutil.copytree(TINY, tmp_path / "padded")
-
-    def pad(t):  # rows that were added win, as in GPT-2 with new tokens
-        name = next(n for n in t if n.endswith("wte.weight"))
-        torch.manual_seed(0)
-        return t | {name: torch.cat([t[name], 5 * torch.randn(64, t[name].shape[1])])}
-    tensors(pad)(folder)
+    torch.manual_seed(0)  # rows that were added win, as in GPT-2 with new tokens
+    pad = lambda wte: torch.cat([wte, 5 * torch.randn(64, wte.shape[1])])
+    tensors(lambda t: t | {WTE: pad(t[WTE])})(folder)
     config(vocab_size=read_json(TINY / "config.json")["vocab_size"] + 64)(folder)
     flags = ["--model", str(folder), "--prompt", "The capital", "--max-new-tokens", "3"]
     assert gpt.main(flags) == 0 and capsys.readouterr().out.startswith("The capital")
