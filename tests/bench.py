@@ -356,8 +356,7 @@ def bench_gpu(args) -> None:
         for size, rows in GPU:
             compare(args, rows, size, args.gpu)
         steps = 2 if args.quick else BOOK_STEPS
-        where = {"folder": args.folder, "data": make_data(args.folder, steps, 8),
-                 "device": args.gpu}
+        where = dict(folder=args.folder, data=make_data(args.folder, steps, 8), device=args.gpu)
         began = time.perf_counter()
         once(ours, 1, policy="all", flags=["--max-steps", "2"], **where)
         report(f"start and two steps, {args.gpu}", f"{time.perf_counter() - began:.0f} s")

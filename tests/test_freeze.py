@@ -444,7 +444,7 @@ VIOLATIONS = [  # the check, what it says, arguments of Run, the deed; more in t
      lambda r: (r.backward(), r.check(G), r.backward())),  # no update in between
     (U, MOVED + WPE + "; find", {},  # by one bit
      lambda r: get(r, WPE).data.view(torch.int32)[2, 3].bitwise_xor_(1)),
-    (U, STUCK + "ln_f.bias; is the learning", {},
+    (U, STUCK + "ln_f.bias; too low a rate", {},
      lambda r: (optimize(r, without=r.model.ln_f.bias), r.train())),
     (U, STUCK + "h.2.attn.c_attn.bias, .* and 9 more;", {},
      lambda r: (r.optimizer.param_groups[0].update(lr=0.0), r.train())),
