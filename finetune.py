@@ -221,7 +221,7 @@ def train(model, plan, optimizer, first, end, job, noted):
             raise InterruptedError
 
 def compile_training(block):
-    """Not for validation, answers and single rows, each a case more: there are at most three."""
+    """For training alone: validation, answers and single rows would each be compiled anew."""
     plain, fast = block.forward, torch.compile(block.forward, dynamic=True)
     block.forward = lambda x, cache=None: (
         fast(x) if torch.is_grad_enabled() and len(x) > 1 else plain(x, cache))

@@ -325,7 +325,7 @@ def bench_tiny(args) -> None:
 
 def prove(blocks) -> tuple:
     """GB of a model in bf16, seconds of freeze and check_unchanged on one core, GiB beyond it."""
-    torch.set_num_threads(1)
+    os.sched_setaffinity(0, [0])
     model = torch.nn.Sequential(*(torch.nn.Linear(4096, 4096, dtype=torch.bfloat16)
                                   for _ in range(blocks)))
     peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
