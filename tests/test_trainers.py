@@ -93,6 +93,7 @@ def run_lightning(model, callbacks, **more):
 
 def run(trainer, model, policy, path):
     if trainer == "lightning":
+        package("lightning.pytorch")
         run_lightning(model, [recipes.lightning_callback(policy)])
     elif trainer in ("Trainer", "SFTTrainer"):
         run_trainer(model, [recipes.trainer_callback(policy)], path, trainer == "SFTTrainer")
