@@ -18,7 +18,7 @@ import warnings
 from collections import namedtuple
 from pathlib import Path
 
-warnings.filterwarnings("ignore", ".*NumPy")
+warnings.filterwarnings("ignore", "Failed.*NumPy")
 import tiktoken
 import torch
 from tiktoken_ext.openai_public import r50k_pat_str

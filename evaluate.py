@@ -23,7 +23,7 @@ from types import SimpleNamespace
 from unicodedata import category, normalize
 from urllib.parse import urlsplit
 
-warnings.filterwarnings("ignore", ".*NumPy")
+warnings.filterwarnings("ignore", "Failed.*NumPy")
 import torch
 from torch.nn.functional import cross_entropy
 
@@ -44,7 +44,6 @@ def read_records(path):
     return records
 
 def append_records(path, records):
-    """As JSON lines."""
     with open(path, "a") as file:
         file.writelines(json.dumps(record) + "\n" for record in records)
 
@@ -404,7 +403,6 @@ def table(runs):
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 def plot_losses(metrics, path):
-    """Draw what metrics.jsonl says."""
     from matplotlib.figure import Figure
     axes = (figure := Figure()).subplots()
     for key, style in ("train_loss", "-"), ("val_loss", "o--"):

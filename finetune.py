@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-warnings.filterwarnings("ignore", ".*NumPy")
+warnings.filterwarnings("ignore", "Failed.*NumPy")
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -105,7 +105,6 @@ def loss_sum(model, batch, loss_on, machine, prefix=None):
         return sum(map(part, hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS)))
 
 def chunks(encoded, size):
-    """Sorted by length."""
     order = sorted(encoded, key=lambda e: len(e.ids))
     return [order[i:i + size] for i in range(0, len(order), size)]
 
@@ -205,11 +204,12 @@ def train(model, plan, optimizer, first, end, job, noted):
         job.seconds += time.perf_counter() - began
         job.losses = (job.losses + [loss])[-recipe.eval_every:]
         validated = job.step == total or job.step % recipe.eval_every == 0
+        if not math.isfinite(loss + norm):
+            raise ArithmeticError(f"step {job.step}: loss {loss}, gradient {norm}; lower --lr")
         if validated:
             job.val_loss = mean_loss(model, job)
-        if not math.isfinite(loss + norm + (validated and job.val_loss)):
-            raise ArithmeticError(f"step {job.step}: loss {loss}, gradient {norm}, "
-                                  f"val {job.val_loss}; lower --lr")
+            if not math.isfinite(job.val_loss):
+                raise ArithmeticError(f"step {job.step}: val loss {job.val_loss}; lower --lr")
         log(job, epoch + 1, loss, rate, norm, indices, validated)
         due = job.step % recipe.checkpoint_every == 0 if recipe.checkpoint_every else late
         if stop or due and job.step < total:
@@ -449,7 +449,7 @@ def run(args):
     say(f"data     {args.data}: {parts.rows} records ({parts.split}); {len(job.train)} train, "
         f"{len(job.val)} validate, {len(parts.test)} test\n"
         f"model    {args.model} on {machine.device} in {job.recipe.dtype}, lr {job.recipe.lr:g}"
-        + "; compiling takes a minute" * args.compile)
+        + "; compiling slowly" * args.compile)
 
     keep_freed_memory()
     if not args.compile:  # it wants the setting's old name
@@ -544,7 +544,7 @@ def parse_args(argv=None):
     add("--template", choices=TEMPLATES, default="alpaca", help="of prompts (alpaca)")
     add("--loss-on", choices=["response", "all"], default="response", help="(response)")
     add("--max-length", type=int, help="tokens of an example (all that fit)")
-    add("--max-examples", type=int, help="only the first so many")
+    add("--max-examples", type=int, help="train on the first so many")
     add = group("optimization").add_argument
     add("--epochs", type=int, help="passes over the data (auto)")
     add("--batch-size", type=int, help="of a micro-batch (auto)")
@@ -556,17 +556,17 @@ def parse_args(argv=None):
     add("--warmup", type=float, default=0.05, help="steps, or below 1 a share of them (0.05)")
     add("--schedule", choices=["linear", "cosine", "constant"], default="linear", help="(linear)")
     add("--clip", type=float, default=1.0, help="largest gradient norm; 0: no limit (1)")
-    add("--seed", type=int, default=123, help="of all that is drawn (123)")
+    add("--seed", type=int, default=123, help="of order, adapters, dropout (123)")
     add("--max-steps", type=int, help="stop after so many")
     add = group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda:1, mps")
     add("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="of matrix products")
     add("--compile", **switch, help="the blocks: slow start, then faster")
     add("--cache-prefix", **switch, help="run the frozen lower blocks once")
-    add("--recompute", **switch, help="activations: less memory")
+    add("--recompute", **switch, help="activations, for less memory")
     add("--fsdp", **switch, help="with torchrun: shard the model")
     add = group("output").add_argument
-    add("--eval-every", type=int, help="steps (a tenth)")
+    add("--eval-every", type=int, help="steps (a tenth of the run)")
     add("--checkpoint-every", type=int, help="steps (ten minutes)")
     add("--resume", **switch, help="go on from the checkpoint")
     add("--overwrite", **switch, help="replace the run in --out")

@@ -23,7 +23,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 
-warnings.filterwarnings("ignore", ".*NumPy")
+warnings.filterwarnings("ignore", "Failed.*NumPy")
 import torch
 from torch import nn
 
@@ -152,7 +152,7 @@ def digests(named):
         sha.update((ctypes.c_char * t.nbytes).from_address(t.data_ptr()))  # no copy
         return sha.hexdigest()
 
-    with ThreadPoolExecutor() as pool:  # but where processes must keep step
+    with ThreadPoolExecutor(4) as pool:  # but where processes must keep step
         sharded = any(hasattr(t, "full_tensor") for t in named.values())
         return dict(zip(named, (map if sharded else pool.map)(digest, named.values())))
 
@@ -243,7 +243,7 @@ class Plan:
         refuse(self._moves - grads.keys(), "trainable, but no gradient", cut)
         size = {n: whole(g).to_dense().norm(torch.inf) for n, g in grads.items() if g.numel()}
         refuse((n for n in size if not size[n].isfinite()), "the gradient is not finite",
-               "lower the rate, or use fp32")
+               "lower the rate")
         self._alive |= {n for n in size if size[n] > 0}
         refuse(self._moves - self._alive if step > 1 else (), "zero gradients", cut)
         self.checks["check_gradients"] += 1

@@ -13,7 +13,7 @@ import sys
 import warnings
 from pathlib import Path
 
-warnings.filterwarnings("ignore", ".*NumPy")
+warnings.filterwarnings("ignore", "Failed.*NumPy")
 import torch
 from torch import nn
 

@@ -1,19 +1,20 @@
 """freeze.py in the trainers that people use. Copy this file and freeze.py.
 
-Each recipe freezes before the optimizer is built, so that it gets what trains; checks model,
-optimizer and gradients before the first two updates; at the end, model and optimizer again, and
+Each recipe freezes before the optimizer is built, so that it gets what trains; checks flags, modes,
+optimizer and gradients before the first two updates; at the end, flags and optimizer again, and
 every byte. Tested, with planted violations, on models that give .loss, as transformers' do.
 
     from recipes import trainer_callback
     Trainer(model=model, args=args, train_dataset=data, callbacks=[trainer_callback("last:2")])
 
-Not for fp16 with a GradScaler, whose first steps overflow on purpose: use bf16.
+Not for fp16 with a GradScaler, whose first steps overflow on purpose (use bf16), nor for
+load_best_model_at_end where the first update was the best: LoRA's A has not moved by then.
 """
 
 import torch
 from torch import nn
 
-from freeze import find_blocks, freeze
+from freeze import find_blocks, freeze, refuse
 
 def check(plan, model, optimizer):
     """Once an update, between the last backward and step; from the third on, nothing. Those at rate
@@ -58,7 +59,7 @@ def accelerated(model, policy, batches, lr):
     train(model, plan, optimizer, batches, wrapped, accelerator.backward)
 
 def ddp(model, policy, batches, lr):
-    """DistributedDataParallel, under torchrun."""
+    """DistributedDataParallel, under torchrun, of a model that is the same in all processes."""
     plan = freeze(model, policy)  # first: DDP heeds requires_grad while it wraps
     wrapped = nn.parallel.DistributedDataParallel(model)
     train(model, plan, torch.optim.AdamW(plan.parameters(), lr), batches, wrapped)
@@ -73,11 +74,11 @@ def sharded(model, policy, batches, lr):
     train(model, plan, torch.optim.AdamW(plan.parameters(), lr), batches, model)
 
 def trainer_callback(policy):
-    """For the constructor of one of transformers' Trainer or TRL's SFTTrainer, without model_init;
-    on one device or several GPUs (DDP). Resumed, it compares with the model that was passed."""
+    """For the constructor of transformers' Trainer or TRL's SFTTrainer, without model_init."""
     from transformers import TrainerCallback
     class Proof(TrainerCallback):
         def on_init_end(self, args, state, control, model, **_):  # on its device, no optimizer yet
+            refuse(["DataParallel"] * (args.n_gpu > 1), "replicas are not checked", "use torchrun")
             self.plan = freeze(model, policy)
         def on_train_begin(self, args, state, control, model, **_):  # each step calls model.train()
             self.hook = model.register_forward_pre_hook(lambda *_: self.plan.set_modes(model))
