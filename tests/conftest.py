@@ -11,6 +11,14 @@ warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # which is not 
 import torch  # noqa: E402, F401
 import pytest  # noqa: E402
 
+@pytest.fixture
+def group():
+    """A process group of this process alone."""
+    dist = pytest.importorskip("torch.distributed", reason="this torch is built without it")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
 @pytest.fixture(autouse=True)
 def machine_as_it_was():
     """A run sets how this process computes."""

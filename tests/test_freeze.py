@@ -581,25 +581,21 @@ def test_a_resumed_run_goes_on_proving_against_the_first_digests():
     with pytest.raises(FreezeError, match="frozen, but changed: wte.weight"):
         second.check(U)
 
-def test_what_fully_shard_has_sharded_is_proved_like_whole_tensors():
-    dist = pytest.importorskip("torch.distributed", reason="this torch is built without it")
+def test_what_fully_shard_has_sharded_is_proved_like_whole_tensors(group):
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        run, mesh = Run("last_block"), dist.device_mesh.init_device_mesh("cpu", (1,))
-        unsharded = run.plan.proof["digests"]
-        for module in (*run.model.h, run.model):
-            fully_shard(module, mesh=mesh)
-        run.start("last_block")
-        assert run.plan.proof["digests"] == unsharded
-        agrees(run.model, {"head": "tied to wte.weight", "embeddings": EMBEDDINGS})
-        assert type(whole(run.model.wte.weight).data) is torch.Tensor
-        run.train(), run.check(G), run.check(M), run.check(O), run.check(U)
-        run.model.h[0].ln_1.bias.data.add_(1)
-        with pytest.raises(FreezeError, match="frozen, but changed: h.0.ln_1.bias"):
-            run.check(U)
-    finally:
-        dist.destroy_process_group()
+    run, mesh = Run("last_block"), init_device_mesh("cpu", (1,))
+    unsharded = run.plan.proof["digests"]
+    for module in (*run.model.h, run.model):
+        fully_shard(module, mesh=mesh)
+    run.start("last_block")
+    assert run.plan.proof["digests"] == unsharded
+    agrees(run.model, {"head": "tied to wte.weight", "embeddings": EMBEDDINGS})
+    assert type(whole(run.model.wte.weight).data) is torch.Tensor
+    run.train(), run.check(G), run.check(M), run.check(O), run.check(U)
+    run.model.h[0].ln_1.bias.data.add_(1)
+    with pytest.raises(FreezeError, match="frozen, but changed: h.0.ln_1.bias"):
+        run.check(U)
 
 @pytest.mark.parametrize("policy, steps, per_epoch, spans", [
     ("last:1", 9, 3, [(0, "last:1")]), ("norms, -biases", 9, 3, [(0, "norms, -biases")]),

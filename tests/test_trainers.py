@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -46,13 +45,6 @@ def theirs():
     return T.GPT2LMHeadModel(T.GPT2Config(vocab_size=31, n_positions=16, n_layer=3, n_head=2,
                                           n_embd=8, bos_token_id=1, eos_token_id=2))
 
-@pytest.fixture
-def alone():
-    """A process group of one."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
 def run_trainer(model, callbacks, path, sft=False, resume=None, **more):
     """transformers' Trainer, or TRL's SFTTrainer, for four steps; returns it."""
     trl, T = package("trl") if sft else None, package("transformers")
@@ -71,6 +63,8 @@ def run_trainer(model, callbacks, path, sft=False, resume=None, **more):
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
+given = lambda model: torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+
 def run_lightning(model, callbacks, **more):
     """Lightning's Trainer, with a validation after every epoch."""
     L = package("lightning.pytorch")
@@ -83,7 +77,7 @@ def run_lightning(model, callbacks, **more):
             return self.inner(**batch).loss
         validation_step = training_step
         def configure_optimizers(self):
-            return torch.optim.AdamW((p for p in self.parameters() if p.requires_grad), 1e-2)
+            return given(self)
 
     off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar",
                          "enable_model_summary"), False)
@@ -105,7 +99,7 @@ TRAINERS = ["plain", "ddp", "sharded", "accelerated", "Trainer", "SFTTrainer", "
 make = lambda trainer: theirs() if trainer.endswith("Trainer") else Ours()
 
 @pytest.mark.parametrize("trainer", TRAINERS)
-def test_each_trainer_trains_what_the_policy_says_and_passes(trainer, tmp_path, alone, monkeypatch):
+def test_each_trainer_trains_what_the_policy_says_and_passes(trainer, tmp_path, group, monkeypatch):
     model, plans, modes = make(trainer), [], []
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     monkeypatch.setattr(recipes, "freeze", lambda *how: plans.append(freeze(*how)) or plans[-1])
@@ -143,7 +137,7 @@ PLANTED = [  # after which update, what is done; what is said, and after how man
 @pytest.mark.parametrize("after, deed, says, updates", PLANTED, ids=lambda v: str(v)[:30])
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_a_planted_violation_is_caught_when_it_happens(
-        trainer, after, deed, says, updates, tmp_path, alone):
+        trainer, after, deed, says, updates, tmp_path, group):
     model, done = make(trainer), []
 
     def plant(optimizer, *_):
@@ -160,7 +154,7 @@ def test_a_planted_violation_is_caught_when_it_happens(
     assert len(done) == updates
 
 @pytest.mark.parametrize("how", [{"warmup_steps": 2}, {"max_steps": 1}], ids=str)
-def test_warmup_from_zero_a_single_step_and_others_callbacks_raise_no_alarm(tmp_path, how):
+def test_warmup_from_zero_a_single_step_and_others_callbacks_raise_no_alarm(tmp_path, capsys, how):
     class Awake(package("transformers").TrainerCallback):
         def on_step_end(self, args, state, control, model, **_):
             model.train()  # as after text to look at
@@ -168,6 +162,7 @@ def test_warmup_from_zero_a_single_step_and_others_callbacks_raise_no_alarm(tmp_
     run_trainer(adapted(lora_dropout=0.1), [recipes.trainer_callback("lora"), Awake()], tmp_path,
                 **how)
     run_lightning(Ours(), [recipes.lightning_callback("last:1")], precision="64-true")
+    assert capsys.readouterr().out.count("proved: ") == 2
 
 @pytest.mark.parametrize("deed", [cut, lambda net: None], ids=["cut", "right"])
 def test_a_resumed_trainer_is_checked_like_a_new_one(tmp_path, deed):
@@ -192,7 +187,6 @@ def loaded(path):
     adapted().save_pretrained(path)
     return package("peft").PeftModel.from_pretrained(theirs(), path)
 
-given = lambda model: torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
 flags = lambda model: {n for n, p in model.named_parameters() if p.requires_grad}
 
 def frozen_blocks_are_set_to_train_mode(path):
@@ -297,7 +291,7 @@ BUGS = {  # in the framework's tracker, or in that of who met it there: the bug,
     "pytorch#107843": (an_optimizer_made_before_sharding_updates_nothing, "not in the model")}
 
 @pytest.mark.parametrize("name", BUGS)
-def test_the_proof_speaks_of_a_frameworks_bug_if_and_only_if_it_happens(name, tmp_path, alone):
+def test_the_proof_speaks_of_a_frameworks_bug_if_and_only_if_it_happens(name, tmp_path, group):
     bug, says = BUGS[name]
     happens, prove = bug(tmp_path)
     print(f"{name}: {'still there' if happens else 'no longer'}")
