@@ -232,7 +232,9 @@ def train_in_spans(model, job, saved, noted):
     for (first, policy), end in list(zip(job.spans, ends))[len(job.proofs):]:
         plan = freeze(model, policy)
         optimizer = build_optimizer(model, plan, job.recipe, optimizer)
-        saved = saved and put_back(saved, model, plan, optimizer)  # None from then on
+        if saved:
+            put_back(saved, model, plan, optimizer)
+        saved = None
         if first == 0:
             say(f"freeze   {plan.summary()}")
         plan.set_modes(model.train())

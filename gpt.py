@@ -290,7 +290,7 @@ def load_model(name, device="cpu", dropout=0.0, untie=False):
         raise ValueError(f"{folder}: its tokenizer has {tokenizer.n_vocab} ids, the model {V}")
     return model.to(device).eval(), tokenizer
 
-def read_config(folder) -> GPTConfig:
+def read_config(folder):
     """ValueError for settings that would change the logits."""
     raw = read_json(folder / "config.json")
     raw["block_size"] = raw.get("n_positions", 1024)
