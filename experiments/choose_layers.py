@@ -24,22 +24,19 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the six files
-from data import batches, collate, encode_examples, load_parts, load_tokenizer  # noqa: E402
-from freeze import find_blocks  # noqa: E402
-from gpt import GPT, model_folder  # noqa: E402
-
+from data import batches, collate, encode_examples, load_parts
+from freeze import find_blocks
+from gpt import GPT, load_model
 
 def batch_size(model: nn.Module) -> int:
     """That of finetune.py for a model of this size."""
     return 16 if sum(p.numel() for p in model.parameters()) < 10_000_000 else 8
-
 
 def response_loss(model: GPT, batch: list) -> Tensor:
     """Mean cross-entropy over the response tokens of a batch of Encoded."""
     inputs, targets = collate(batch)  # (B, T) each
     wanted = targets != -100
     return F.cross_entropy(model.lm_head(model.features(inputs)[wanted]), targets[wanted])
-
 
 def relative_gradient_norms(model: GPT, batches: list[list]) -> list[float]:
     """For each block |gradient| / |weights|, each taken over the block as one vector, and the mean
@@ -53,7 +50,6 @@ def relative_gradient_norms(model: GPT, batches: list[list]) -> list[float]:
             scores[i] += float(get_total_norm(own) / get_total_norm(block)) / len(batches)
     return scores
 
-
 def signal_to_noise(weight: Tensor) -> float:
     """Of a matrix's singular values the sum of those above what noise alone would give (Marchenko
     and Pastur, its deviation from their interquartile range), over that of the others, over the
@@ -63,7 +59,6 @@ def signal_to_noise(weight: Tensor) -> float:
     above = s > (high - low) / 1.349 * (1 + (min(weight.shape) / max(weight.shape)) ** 0.5)
     return float(s[above].sum() / s[~above].sum() / s[0])
 
-
 def spectrum_ranks(model: nn.Module) -> list[float]:
     """For each block how many blocks its matrices exceed in signal-to-noise, each among those of
     its kind, on average. (Spectrum takes the best of each kind; here whole blocks are chosen.)"""
@@ -71,7 +66,6 @@ def spectrum_ranks(model: nn.Module) -> list[float]:
                if p.dim() == 2} for name in find_blocks(model)]
     return [sum(other[kind] < snr for kind, snr in own.items() for other in ratios) / len(own)
             for own in ratios]
-
 
 def rank_shortfalls(model: GPT, batches: list[list], r: int) -> dict[str, float]:
     """For each matrix W of the blocks, all of which get adapters by default, rho |G| / |W|: G is
@@ -88,7 +82,6 @@ def rank_shortfalls(model: GPT, batches: list[list], r: int) -> dict[str, float]
     rho = {name: s[name][r:].square().sum() / s[name].square().sum() for name in s}
     return {name: float(rho[name] * s[name].norm() / named[name].detach().norm()) for name in s}
 
-
 def hybrid(model: nn.Module, scores: dict[str, float], share: float) -> str:
     """The policy that trains fully the matrices of largest score, as many as fit into this share of
     the parameters (one that does not fit is passed over), and the adapters of all others."""
@@ -103,40 +96,39 @@ def hybrid(model: nn.Module, scores: dict[str, float], share: float) -> str:
     frozen = [f"-{name.removesuffix('weight')}lora_*" for name in full]  # these stay zero
     return ",".join(["lora", *full, *frozen])
 
+def first_batches(model: GPT, tokenizer, data: str, seed: int, n=5) -> list[list]:
+    """The first n batches of Encoded that a run of finetune.py with this seed would see."""
+    limit = model.config.block_size
+    encoded, _ = encode_examples(load_parts(data).train, tokenizer, max_length=limit)
+    order = batches([len(e.ids) for e in encoded], batch_size(model), seed, epoch=0)
+    return [[encoded[i] for i in indices] for indices in order[:n]]
 
 def choose(args) -> str:
     """The policy that the flags ask for; ValueError for more blocks than there are."""
-    folder = model_folder(args.model)
-    model = GPT.from_pretrained(folder).eval()
+    model, tokenizer = load_model(args.model)
     n_layer = len(find_blocks(model))
     if args.k and args.k > n_layer:
         raise ValueError(f"--k {args.k}: the model has {n_layer} blocks")
-    if args.by in ("rgn", "shortfall"):
-        tokenizer, limit = load_tokenizer(folder), model.config.block_size
-        encoded, _ = encode_examples(load_parts(args.data).train, tokenizer, max_length=limit)
-        order = batches([len(e.ids) for e in encoded], batch_size(model), args.seed, epoch=0)
-        probe = [[encoded[i] for i in indices] for indices in order[:5]]
-    if args.by == "shortfall":
-        scores = rank_shortfalls(model, probe, args.lora_r)
-    elif args.by == "rgn":
-        scores = dict(enumerate(relative_gradient_norms(model, probe)))
+
+    if args.by == "random":
+        order = random.Random(f"random {args.seed}").sample(range(n_layer), n_layer)
+        scores = dict(zip(order, range(n_layer, 0, -1)))
     elif args.by == "spectrum":
         scores = dict(enumerate(spectrum_ranks(model)))
     else:
-        order = random.Random(f"random {args.seed}").sample(range(n_layer), n_layer)
-        scores = dict(zip(order, range(n_layer, 0, -1)))
+        probe = first_batches(model, tokenizer, args.data, args.seed)
+        scores = (rank_shortfalls(model, probe, args.lora_r) if args.by == "shortfall" else
+                  dict(enumerate(relative_gradient_norms(model, probe))))
     for name, score in scores.items() if args.verbose else ():
         print(f"{name}: {score:.4f}", file=sys.stderr)
+
     if args.by == "shortfall":
         return hybrid(model, scores, args.share)
     best = sorted(scores, key=lambda i: -scores[i])[:args.k]
     return "blocks:" + ",".join(map(str, sorted(best)))
 
-
 def parse_args(argv=None):
-    """The flags; exit code 2 for those that are missing, impossible or without effect."""
-    parser = argparse.ArgumentParser(description="Print a freeze policy chosen by a rule.")
-    parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)
     add = parser.add_argument
     add("--by", required=True, choices=["rgn", "spectrum", "random", "shortfall"], help="the rule")
     add("--k", type=int, help="number of blocks")
@@ -155,18 +147,15 @@ def parse_args(argv=None):
         parser.error("--k and --lora-r are at least 1, --share is above 0, at most 1")
     return args
 
-
 def main(argv=None) -> int:
-    """Print the policy; what the user gave wrong ends in one line on stderr."""
     args = parse_args(argv)
     try:
         policy = choose(args)
     except (ValueError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print("error:", *str(error).split(), file=sys.stderr)
         return 1
     print(policy)
     return 0
-
 
 if __name__ == "__main__":
     sys.exit(main())

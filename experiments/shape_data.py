@@ -24,12 +24,11 @@ warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # by import tor
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the six files
-from data import Encoded, encode_examples, format_prompt, load_parts  # noqa: E402
-from evaluate import nlls  # noqa: E402
-from gpt import choose_device, load_model  # noqa: E402
+from data import Encoded, encode_examples, format_prompt, load_parts
+from evaluate import nlls
+from gpt import choose_device, load_model
 
 TAU = 0.05  # nats per token by which the short instruction may be worse, in adaptive forms
-
 
 def reshape(example: dict, instruction="short", response=None) -> dict:
     """The record in another form; its other fields stay. instruction: "short" is its own, "long"
@@ -56,7 +55,6 @@ def reshape(example: dict, instruction="short", response=None) -> dict:
         shaped["output"] = f"{draft}{field('rationale')}\nAnswer: {field('output')}"
     return shaped
 
-
 def nats_per_token(model, tokenizer, examples: list[dict], alone=False) -> list[float]:
     """Loss of each response after its prompt, or alone, after nothing but an end token; inf where
     the model has no room for it."""
@@ -68,7 +66,6 @@ def nats_per_token(model, tokenizer, examples: list[dict], alone=False) -> list[
         losses[i] = nats / n
     return losses
 
-
 @torch.no_grad()
 def entropies(model, tokenizer, examples: list[dict]) -> list[float]:
     """How unsure the model is of the first token of each answer, in nats: no reference is read."""
@@ -79,7 +76,6 @@ def entropies(model, tokenizer, examples: list[dict]) -> list[float]:
         logits = model.lm_head(hidden).float()
         result.append(torch.distributions.Categorical(logits=logits).entropy().item())
     return result
-
 
 def adapt(model, tokenizer, short: dict, long: dict) -> dict[str, list[dict]]:
     """Each record with its long instruction where the short one is not enough for the model, which
@@ -96,7 +92,6 @@ def adapt(model, tokenizer, short: dict, long: dict) -> dict[str, list[dict]]:
         print(f"{part}: {sum(flags)} of {len(flags)} records take the long instruction")
     return {part: [b if flag else a for flag, a, b in zip(flags, short[part], long[part])]
             for part, flags in takes_long.items()}
-
 
 def measure(examples: list[dict], by: str | None, model, tokenizer, seed: int) -> list[float]:
     """What records are selected or ordered by: chance, level, length of the response in tokens, or
@@ -115,7 +110,6 @@ def measure(examples: list[dict], by: str | None, model, tokenizer, seed: int) -
         return levels
     return [len(tokenizer.encode_ordinary(example["output"])) for example in examples]
 
-
 def select(scores: list[float], how: str | None, n: int) -> list[int]:
     """Indices of n records, in their order, by what `measure` gives: for longest those of largest
     score, for ifd of these below 1, for shortest and random of smallest; None takes the first n.
@@ -125,7 +119,6 @@ def select(scores: list[float], how: str | None, n: int) -> list[int]:
         raise ValueError(f"--n {n}: only {len(chosen)} training records can be had")
     sign = {None: 0, "shortest": 1, "random": 1, "longest": -1, "ifd": -1}[how]
     return sorted(sorted(chosen, key=lambda i: sign * scores[i])[:n])  # ties: the first ones
-
 
 def split_stages(scores: list[float], n_stages: int, reverse: bool, seed: int) -> list[list[int]]:
     """Indices in parts of equal size, from easy to hard or the reverse. A tenth of the earlier ones
@@ -137,7 +130,6 @@ def split_stages(scores: list[float], n_stages: int, reverse: bool, seed: int) -
     stages[-1] += random.Random(f"stages {seed}").sample(earlier, len(earlier) // 10)
     return stages
 
-
 def write_folders(out: Path, folders: dict[str, dict[str, list[dict]]]) -> None:
     """Write {folder: {part: records}} below out, whole or not at all."""
     temp = Path(f"{out}.{os.getpid()}.tmp")
@@ -148,7 +140,6 @@ def write_folders(out: Path, folders: dict[str, dict[str, list[dict]]]) -> None:
             (temp / folder / f"{part}.jsonl").write_text("".join(lines), encoding="utf-8")
     os.rename(temp, out)
 
-
 def shape(args) -> None:
     """Forms, selection, stages; then the folders are written, and what was chosen is printed."""
     if Path(args.out).exists():
@@ -158,10 +149,12 @@ def shape(args) -> None:
     if not all(parts.values()):
         raise ValueError(f"{args.data}: too few records, a part is empty")
     model, tokenizer = load_model(args.model, choose_device("auto"))
+
     for form in ("short", "long") if args.instruction == "adaptive" else [args.instruction]:
         forms[form] = {part: [reshape(example, form, args.response) for example in examples]
                        for part, examples in parts.items()}
     parts = adapt(model, tokenizer, **forms) if len(forms) == 2 else forms[args.instruction]
+
     train = parts["train"]
     if args.n:
         scores = measure(train, args.select, model, tokenizer, args.seed)
@@ -173,17 +166,15 @@ def shape(args) -> None:
         scores = measure(train, args.by, model, tokenizer, args.seed)
         stages = split_stages(scores, args.stages, args.reverse, args.seed)
         folders = {f"stage{i}": [train[j] for j in stage] for i, stage in enumerate(stages, 1)}
+
     write_folders(Path(args.out), {name: parts | {"train": own} for name, own in folders.items()})
     for name, own in folders.items():
         lengths = measure(own, "length", model, tokenizer, args.seed)
         print(f"{Path(args.out, name)}: {len(own)} of {len(loaded.train)} training records, "
               f"responses of {min(lengths)} to {max(lengths)} tokens")
 
-
 def parse_args(argv=None):
-    """The flags; exit code 2 for those that are missing, impossible or without effect."""
-    parser = argparse.ArgumentParser(description="Write a data folder for finetune.py.")
-    parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)
     add = parser.add_argument
     add("--data", required=True, help="what finetune.py takes: a file, a folder or a name")
     add("--out", required=True, help="folder to write")
@@ -204,17 +195,14 @@ def parse_args(argv=None):
         parser.error("--n and --stages are at least 1")
     return args
 
-
 def main(argv=None) -> int:
-    """Write the folders; what the user gave wrong ends in one line on stderr."""
     args = parse_args(argv)
     try:
         shape(args)
     except (ValueError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print("error:", *str(error).split(), file=sys.stderr)
         return 1
     return 0
-
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,13 +1,12 @@
-"""The tables of experiments/README.md: each row is a command line, run with several seeds.
+"""The tables of experiments/README.md: each row is a few commands, run with several seeds.
 
-A row's commands are run as they are printed, in the project's root. What is finished is read from
-its folder, so a table that was stopped goes on. All rows are printed, also where nothing was found,
-with mean and standard error. A row is one pass over a quarter of the training part, unless its
-commands say otherwise: a full pass takes most rows to the ceiling, where methods do not differ.
-Forgetting is the loss on plain text (nats per token) after a row's runs, minus before.
+Commands are run as they are printed, in the project's root. What is finished is read from its
+folder, so a table that was stopped goes on. A row is one pass over a quarter of the training part,
+unless its commands say otherwise: a full pass takes most rows to the ceiling, where methods do not
+differ. Forgetting is the loss on plain text (nats per token) after a row's runs, minus before.
 
-    python experiments/tables.py layers stages
-    python experiments/tables.py ranks --model runs/eight/model --data my-records.json --text a.txt
+    python experiments/tables.py layers freezing ranks rates --figure methods.png
+    python experiments/tables.py ranks --model gpt2 --data my-records.json --text a-story.txt
 """
 
 import argparse
@@ -17,66 +16,65 @@ import shlex
 import statistics
 import subprocess
 import sys
-from functools import partial
+from functools import cache, partial
+from importlib.util import find_spec
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the six files
-from choose_layers import batch_size  # noqa: E402
-from data import encode_examples, format_prompt, load_parts  # noqa: E402
-from evaluate import read_records, text_nll  # noqa: E402
-from gpt import load_model, read_json  # noqa: E402
+from choose_layers import batch_size
+from data import encode_examples, format_prompt, load_parts
+from evaluate import read_records, text_nll
+from gpt import load_model, read_json
 
 QUALITY = ["exact match %", "response NLL", "forgetting"]
+CURVES = ["train - val loss", "steps to loss 0.8"]
 COLUMNS = {
-    "layers": ["trainable", *QUALITY],
-    "freezing": ["trainable", *QUALITY, "train - val loss", "steps to loss 0.8", "peak MiB"],
-    "ranks": ["trainable", *QUALITY, "saved MiB"], "rates": ["trainable", *QUALITY],
-    "length": ["steps", "target tokens", *QUALITY], "stages": ["steps", *QUALITY],
+    "layers": ["trainable", *QUALITY], "rates": ["trainable", *QUALITY],
+    "freezing": ["trainable", *QUALITY, *CURVES, "ms a step", "peak MiB"],
+    "ranks": ["trainable", *QUALITY, "saved MiB"], "stages": ["steps", *QUALITY],
+    "length": ["steps", "target tokens", *QUALITY],
     "instructions": ["prompt tokens", "steps", "target tokens", *QUALITY]}
 DIGITS = {"exact match %": 1, "response NLL": 3, "forgetting": 3, "train - val loss": 3,
           "saved MiB": 2, "prompt tokens": 1}  # of the other columns none
-FULL, LORA, HYBRID = "--trainable all", "--lora-r 8", "--lora-r 8 --trainable lora,last_block"
+DRAWN = {"rates": r"full.*[13]e-[34]$", "ranks": r"LoRA r = \d+$|hybrid",  # labels in the figure
+         "freezing": r"last \d$|biases", "layers": r"first|blocks|2 drawn"}
 slug = partial(re.sub, r"[^\w.]+", "-")  # a text as the name of a folder
-STAGES, SCORE = ["/stage1", "/stage2", "/stage3"], " && python evaluate.py {text}{out}"
+
+# The rows. What stands in braces `fill` replaces: {model} and {data} by flags, or nothing for tiny.
+FULL, LORA, HYBRID = "--trainable all", "--lora-r 8", "--lora-r 8 --trainable lora,last_block"
+STAGES = ["/stage1", "/stage2", "/stage3"]
 USUAL, REPEATED = "--max-examples {n} --epochs 1", "--max-examples {quarter} --epochs 4"
 
-
 def finetune(flags: str, model="{model}", data="{data}", out="{out}", seed="{seed}") -> str:
-    """A run; `fill` replaces what stands in braces. USUAL, where the flags do not say how long."""
+    """A run; USUAL, where the flags do not say how long."""
     flags += "" if re.search("epochs|steps", flags) else f" {USUAL}"
-    return f"python finetune.py --model {model} --data {data} {flags} --seed {seed} --out {out}"
-
+    return f"python finetune.py {model}{data}{flags} --seed {seed} --out {out}"
 
 def chosen(rule: str) -> str:
     """The policy that a rule chooses, put into a command by the shell."""
-    return ('"$(python experiments/choose_layers.py --model {model} --data {data} '
-            f'--by {rule} --seed {{seed}})"')
-
+    return f'"$(python experiments/choose_layers.py {{model}}{{data}}--by {rule} --seed {{seed}})"'
 
 def shaped(shape: str, flags: str, stages=("",)) -> str:
     """A data folder and a run on it, or on each of its stages, from the last one's model. The seeds
     share the folder unless something is drawn by chance."""
     folder, model = "{out}-data" if "{seed}" in shape else "{name}-data", "{model}"
-    commands = [f"python experiments/shape_data.py --model {{model}} --data {{data}} {shape} "
-                f"--out {folder}"]
+    line = f"python experiments/shape_data.py {{model}}--data {{source}} {shape} --out {folder}"
     for stage in stages:
         out = "{out}" + ("" if stage == stages[-1] else stage.replace("/", "-"))
-        commands.append(finetune(flags, model, folder + stage, out))
-        model = out
-    return " && ".join(commands)
-
+        line += " && " + finetune(flags, model, f"--data {folder}{stage} ", out)
+        model = f"--model {out} "
+    return line
 
 def chain(flags: str) -> str:
     """A run, its adapter merged, and a run from there, with other adapters in another order."""
-    merge = "python lora.py merge --base {model} --adapter {out}-first/adapter --out {out}-merged"
-    second = finetune(flags, model="{out}-merged", seed="{seed}0")
+    merge = "python lora.py merge --base {base} --adapter {out}-first/adapter --out {out}-merged"
+    second = finetune(flags, model="--model {out}-merged ", seed="{seed}0")
     return f"{finetune(flags, out='{out}-first')} && {merge} && {second}"
 
-
-ROWS = {  # table: label: flags of finetune.py, or a whole line of commands
+ROWS = {  # table: label: flags of finetune.py, or all commands
     "layers": {label: f"--trainable {policy}" for label, policy in {
         "all": "all", "last 2": "last:2", "first 2": "first:2", "random 2": chosen("random --k 2"),
         "2 of largest relative gradient norm": chosen("rgn --k 2"),
@@ -87,6 +85,7 @@ ROWS = {  # table: label: flags of finetune.py, or a whole line of commands
         "the same, with rates decayed by depth": f"gradual:1 --lr-decay 0.38 {REPEATED}"}.items()},
     "freezing": {
         "all": FULL, **{f"last {k}": f"--trainable last:{k}" for k in (3, 2, 1)},
+        "first 2": "--trainable first:2",
         **{f"last {k}, lr 1e-3": f"--trainable last:{k} --lr 1e-3" for k in (2, 1)},
         **{f"{kind}, lr 3e-3": f"--trainable {kind} --lr 3e-3" for kind in ("norms", "biases")},
         "LoRA": LORA,
@@ -118,83 +117,76 @@ ROWS = {  # table: label: flags of finetune.py, or a whole line of commands
     "stages": {"shuffled": "--max-examples {n} --epochs 2 --max-steps {staged}", **{
         label: shaped(f"--n {{n}} --stages 3 --by {by} --seed {{seed}}", "--epochs 1", STAGES)
         for label, by in {"random stages": "random", "by length": "length", "by level": "level",
-                          "by IFD": "ifd", "by IFD, reversed": "ifd --reverse"}.items()}},
-}
+                          "by IFD": "ifd", "by IFD, reversed": "ifd --reverse"}.items()}}}
 
-
-def rows_of(table: str, n_layer: int) -> dict[str, str]:
-    """{label: line of commands}. To `layers` each block alone is added, and the other pairs; of
-    more than four blocks those with the first, and those of neighbours."""
+def rows_of(table: str, n_layer: int) -> dict[str, list[str]]:
+    """{label: commands}. To `layers` each block alone is added, and the other pairs; of more than
+    four blocks those with the first, and those of neighbours."""
     rows = dict(ROWS[table])
     if table == "layers":
         rows |= {f"block {i} alone": f"--trainable blocks:{i}" for i in range(n_layer)}
         rows |= {f"blocks {i} and {j}": f"--trainable blocks:{i},{j}"
                  for i, j in combinations(range(n_layer), 2)
                  if 1 < j and i < n_layer - 2 and (n_layer <= 4 or i == 0 or j == i + 1)}
-    return {label: (line if line.startswith("python") else finetune(line)) + SCORE
-            for label, line in rows.items()}
+    return {label: [*(line if line.startswith("python") else finetune(line)).split(" && "),
+                    "python evaluate.py {text}{out}"] for label, line in rows.items()}
 
-
-def load_base(args) -> SimpleNamespace:
-    """The flags, and what the commands need to know of the model."""
-    model, tokenizer = load_model(args.model, "cpu")
-    base = SimpleNamespace(**vars(args), config=model.config, batch_size=batch_size(model),
-                           tokenizer=tokenizer, text_nll=None, tokens_of={})
-    names = ["tables", *(name for name in (args.model, args.data) if name != "tiny")]
-    base.out = args.out or f"runs/{slug(' '.join(names))}"
-    base.text = args.text or ("tiny/heldout.txt" if args.model == "tiny" else None)
+def load_base(name: str, data: str, text: str | None, out: str | None) -> SimpleNamespace:
+    """What all rows start from, and what the commands need to know of it."""
+    model, tokenizer = load_model(name, "cpu")
+    names = ["tables", *(own for own in (name, data) if own != "tiny")]
+    base = SimpleNamespace(
+        model=name, data=data, text=text or ("tiny/heldout.txt" if name == "tiny" else None),
+        out=out or f"runs/{slug(' '.join(names))}", n_layer=model.config.n_layer,
+        batch_size=batch_size(model), tokenizer=tokenizer, text_nll=None,
+        tokens_of=cache(partial(response_tokens, tokenizer, model.config.block_size)))
     if base.text:
         plain = (ROOT / base.text).read_text(encoding="utf-8")
         base.text_nll = text_nll(model, tokenizer.encode_ordinary(plain))
     return base
 
-
-def response_tokens(data: str, base) -> dict[int, int]:
-    """Supervised tokens of each training record, by its position in its file; read once."""
-    if data not in base.tokens_of:
-        parts = load_parts(data)
-        limit = base.config.block_size
-        encoded, kept = encode_examples(parts.train, base.tokenizer, max_length=limit)
-        sizes = [len(e.ids) - e.n_prompt for e in encoded]
-        base.tokens_of[data] = dict(zip([parts.positions[i] for i in kept], sizes))
-    return base.tokens_of[data]
-
+def response_tokens(tokenizer, max_length: int, data: str) -> dict[int, int]:
+    """Supervised tokens of each training record, by its position in its file."""
+    parts = load_parts(data)
+    encoded, kept = encode_examples(parts.train, tokenizer, max_length=max_length)
+    return {parts.positions[i]: len(e.ids) - e.n_prompt for i, e in zip(kept, encoded)}
 
 def fill(command: str, base, name: str, seed: int) -> str:
     """The command with what stood in braces. {steps} and {all_steps}: as many as it takes, on the
     data of the command, to train on as many response tokens as a quarter of the records has, or as
     all have."""
-    size, path = base.batch_size, shlex.quote(f"{base.out}/{slug(name)}")
-    tokens = response_tokens(base.data, base)
+    values, size, path = {}, base.batch_size, shlex.quote(f"{base.out}/{slug(name)}")
+    for key, given in ("model", base.model), ("data", base.data), ("text", base.text):
+        values[key] = f"--{key} {shlex.quote(given)} " if given not in ("tiny", None) else ""
+    tokens = base.tokens_of(base.data)
     n = round(len(tokens) / 4)
-    values = {"model": shlex.quote(base.model), "data": shlex.quote(base.data), "seed": seed,
-              "name": path, "out": f"{path}-seed{seed}", "n": n, "half": n // 2, "quarter": n // 4,
-              "staged": math.ceil(16 / 15 * n / size),  # a tenth of two thirds comes twice
-              "text": f"--text {shlex.quote(base.text)} " if base.text else ""}
-    for key, share in (("steps", n / len(tokens)), ("all_steps", 1)):
-        if f"{{{key}}}" in command:
-            data = re.search(r"--data (\S+)", command)[1].format(**values)
-            own = response_tokens(shlex.split(data)[0], base)
-            per_pass = math.ceil(len(own) / size)
-            steps = round(share * sum(tokens.values()) / sum(own.values()) * per_pass) or 1
-            values[key] = (f"--batch-size {size} --epochs {math.ceil(steps / per_pass)} "
-                           f"--max-steps {steps}")
+    values |= {"base": shlex.quote(base.model), "source": shlex.quote(base.data),
+               "seed": seed, "name": path, "out": f"{path}-seed{seed}",
+               "n": n, "half": n // 2, "quarter": n // 4,
+               "staged": math.ceil(16 / 15 * n / size)}  # a tenth of two thirds comes twice
+    if "steps}" in command:
+        folder = re.search(r"--data (\S+)", command)
+        own = base.tokens_of(shlex.split(folder[1].format(**values))[0] if folder else base.data)
+        per_pass = math.ceil(len(own) / size)
+        share = sum(tokens.values()) / sum(own.values())
+        steps = round((share if "{all" in command else share * n / len(tokens)) * per_pass) or 1
+        values["steps"] = values["all_steps"] = (
+            f"--batch-size {size} --epochs {math.ceil(steps / per_pass)} --max-steps {steps}")
     return command.format(**values)
-
 
 def execute(command: str) -> int:
     """Run a command with this Python, its output on stderr; the exit code. Ctrl-C reaches it too,
     and it ends by itself: subprocess.run would kill it over its checkpoint."""
-    here = shlex.quote(sys.executable)
-    command = re.sub(r"\bpython (?=\S+\.py)", lambda match: f"{here} ", command)
+    here = shlex.quote(sys.executable) + " "
+    command = re.sub(r"\bpython (?=\S+\.py)", lambda match: here, command)
     return subprocess.Popen(command, shell=True, cwd=ROOT, stdout=2).wait()
 
-
-def run_row(line: str, base, name: str, seed: int) -> tuple[list[str], list[Path]]:
-    """Run what is not finished of a row, and score its last run: its commands, and the folders of
-    its runs, none where a command failed, which said why."""
+def run_row(templates: list[str], base, name: str, seed: int) -> tuple[list[str], list[Path]]:
+    """Run what is not finished of a row: its commands, and the folders of its runs, none where a
+    command failed, which said why."""
+    print(f"{name}, seed {seed}", file=sys.stderr, flush=True)
     commands, runs = [], []
-    for template in line.split(" && "):
+    for template in templates:
         commands.append(command := fill(template, base, name, seed))
         script, out = command.split()[1], ROOT / shlex.split(command)[-1]  # folders come last
         done = out / {"finetune.py": "run.json", "evaluate.py": "scores.json"}.get(script, "")
@@ -202,25 +194,26 @@ def run_row(line: str, base, name: str, seed: int) -> tuple[list[str], list[Path
             runs.append(out)
             command += " --resume" if (out / "checkpoint.pt").exists() else " --overwrite"
         if not done.exists() and execute(command):
+            print(f"error: not finished: {name}, seed {seed}", file=sys.stderr)
             return commands, []
     return commands, runs
-
 
 def measure(runs: list[Path], base) -> dict[str, float | None]:
     """What the columns show of a row under one seed: its last run; of steps and tokens the sum."""
     infos = [read_json(run / "run.json") for run in runs]
     metrics = [read_records(run / "metrics.jsonl") for run in runs]
-    scores, info = read_json(runs[-1] / "scores.json"), infos[-1]
-    losses = [line["train_loss"] for line in metrics[-1]]
+    scores, info, last = read_json(runs[-1] / "scores.json"), infos[-1], metrics[-1]
+    losses, times = ([line[key] for line in last] for key in ("train_loss", "seconds"))
     low = [i for i in range(5, len(losses) + 1) if statistics.fmean(losses[i - 5:i]) <= 0.8]
     prompts = [format_prompt(r) for r in read_records(runs[-1] / "responses.jsonl")]
-    sizes = [response_tokens(info["flags"]["data"], base) for info in infos]
+    sizes = [base.tokens_of(info["flags"]["data"]) for info in infos]
     return {
         "trainable": max(span["trainable_parameters"] for span in info["freeze"]),
         "exact match %": 100 * scores["exact_match"], "response NLL": scores["response_nll"],
         "forgetting": scores["text_nll"] - base.text_nll if base.text else None,
         "train - val loss": info["train"]["train_loss"] - info["train"]["val_loss"],
         "steps to loss 0.8": low[0] if low else None,  # in training, the mean of five steps
+        "ms a step": 1000 * statistics.median(b - a for a, b in zip([0, *times], times)),
         "peak MiB": info["train"]["peak_memory_bytes"] / 2**20,
         "saved MiB": sum(p.stat().st_size for p in runs[-1].glob("*/*.safetensors")) / 2**20,
         "steps": sum(map(len, metrics)),
@@ -228,42 +221,51 @@ def measure(runs: list[Path], base) -> dict[str, float | None]:
                              for line in lines for position in line["records"]),
         "prompt tokens": statistics.fmean(len(base.tokenizer.encode_ordinary(p)) for p in prompts)}
 
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """The error of the mean is 0 for a single value."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0
+    return statistics.fmean(values), error
 
 def cell(values: list[float | None], digits: int) -> str:
     """Mean ± standard error, or a dash where there is nothing."""
     if not values or None in values:
         return "-"
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0
-    mean = f"{statistics.fmean(values):,.{digits}f}"
-    return f"{mean} ± {error:,.{digits}f}" if error else mean
+    mean, error = mean_and_error(values)
+    return f"{mean:,.{digits}f}" + (f" ± {error:,.{digits}f}" if error else "")
 
-
-def print_table(table: str, base, n_seeds: int) -> bool:
-    """Run and print a table row by row; returns whether all rows could be finished."""
-    columns, finished = COLUMNS[table], True
-    print(f"Table `{table}`, {n_seeds} seeds, mean ± standard error.\n")
-    print(f"| | {' | '.join(columns)} | commands, with seed 1 |")
-    print("|" + " --- |" * (len(columns) + 2), flush=True)
-    for label, line in rows_of(table, base.config.n_layer).items():
-        results, shown = [], []
-        for seed in range(1, n_seeds + 1):
-            print(f"{table}: {label}, seed {seed}", file=sys.stderr, flush=True)
-            commands, runs = run_row(line, base, f"{table}-{label}", seed)
-            shown = shown or commands
-            results += [measure(runs, base)] if runs else []
-        if len(results) < n_seeds:
-            print(f"error: not finished: {table}: {label}", file=sys.stderr)
-            results, finished = [], False
+def print_table(table: str, base, n_seeds: int) -> dict[str, list[dict]]:
+    """Run and print a table row by row, and below it the commands: what `measure` gave of each row
+    and seed, nothing where a row could not be finished."""
+    columns, measured, shown = COLUMNS[table], {}, ""
+    print(f"| `{table}`, {n_seeds} seeds | {' | '.join(columns)} |")
+    print("|" + " --- |" * (len(columns) + 1), flush=True)
+    for label, templates in rows_of(table, base.n_layer).items():
+        rows = [run_row(templates, base, f"{table}: {label}", i + 1) for i in range(n_seeds)]
+        results = [measure(runs, base) for _, runs in rows] if all(runs for _, runs in rows) else []
         cells = [cell([r[column] for r in results], DIGITS.get(column, 0)) for column in columns]
-        print("| " + " | ".join([label, *cells, f"`{' && '.join(shown)}`"]) + " |", flush=True)
-    print()
-    return finished
+        print("| " + " | ".join([label, *cells]) + " |", flush=True)
+        measured[label] = results
+        shown += "\n".join([f"# {label}", *rows[0][0], ""])
+    print("\n<details><summary>The commands, with seed 1</summary>\n")
+    print(f"```\n{shown}```\n\n</details>\n")
+    return measured
 
+def draw(measured: dict[str, dict[str, list[dict]]], path: str) -> None:
+    """Exact match against forgetting: a point a row, with its standard errors, a colour a table."""
+    from matplotlib.figure import Figure
+    axes = (figure := Figure(figsize=(9, 6))).subplots()
+    for color, (table, pattern) in enumerate(DRAWN.items()):
+        for label, results in measured.get(table, {}).items():
+            if results and re.search(pattern, label):
+                (x, dx), (y, dy) = (mean_and_error([r[column] for r in results])
+                                    for column in ("forgetting", "exact match %"))
+                axes.errorbar(x, y, dy, dx, "o", color=f"C{color}", markersize=4)
+                axes.annotate(label, (x, y), (4, -9), textcoords="offset points", fontsize=7)
+    axes.set(xscale="log", xlabel="forgetting (nats per token)", ylabel="exact match (%)")
+    figure.savefig(path, dpi=120)
 
 def parse_args(argv=None):
-    """The flags; a wrong one ends in exit code 2."""
-    parser = argparse.ArgumentParser(description="Run and print tables of experiments/README.md.")
-    parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)
     add = parser.add_argument
     add("tables", nargs="+", metavar="NAME", choices=list(COLUMNS), help=", ".join(COLUMNS))
     add("--model", default="tiny", help="a model folder or name (tiny)")
@@ -271,26 +273,26 @@ def parse_args(argv=None):
     add("--text", metavar="FILE", help="plain text that measures forgetting (for tiny: its own)")
     add("--seeds", type=int, default=3, help="runs of each row, with --seed 1, 2, ... (3)")
     add("--out", metavar="FOLDER", help="of all runs (runs/tables, or a name for model and data)")
+    add("--figure", metavar="FILE", help="draw exact match against forgetting (needs matplotlib)")
     args = parser.parse_args(argv)
-    if args.seeds < 1:
-        parser.error(f"--seeds {args.seeds}: at least 1")
+    if args.seeds < 1 or args.figure and not find_spec("matplotlib"):
+        parser.error("--seeds is at least 1, --figure needs matplotlib")
     return args
 
-
 def main(argv=None) -> int:
-    """Print the tables; exit code 1 where a row could not be finished."""
     args = parse_args(argv)
     try:
-        base = load_base(args)
-        finished = [print_table(table, base, args.seeds) for table in args.tables]
+        base = load_base(args.model, args.data, args.text, args.out)
+        measured = {table: print_table(table, base, args.seeds) for table in args.tables}
+        if args.figure:
+            draw(measured, args.figure)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print("error:", *str(error).split(), file=sys.stderr)
         return 1
-    return 0 if all(finished) else 1
-
+    return 0 if all(results for rows in measured.values() for results in rows.values()) else 1
 
 if __name__ == "__main__":
     sys.exit(main())

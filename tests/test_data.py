@@ -242,8 +242,7 @@ PROMPTS = {
     "phi3": ("<|user|>\nDo {input}.\n{x} %s\n<|assistant|>:\n", "<|user|>\nDo.\n<|assistant|>:\n"),
     "chatml": ("<|im_start|>user\nDo {input}.\n{x} %s<|im_end|>\n<|im_start|>assistant\n",
                "<|im_start|>user\nDo.<|im_end|>\n<|im_start|>assistant\n"),
-    "plain": ("Do {input}.\n{x} %s\n", "Do.\n"),
-}
+    "plain": ("Do {input}.\n{x} %s\n", "Do.\n")}
 
 @pytest.mark.parametrize("template", PROMPTS)
 def test_the_supervised_ids_are_exactly_the_response_and_its_end_token(tokenizer, template):
@@ -370,8 +369,7 @@ BROKEN = {  # a case: a file, its content
     "a prefix space": spoilt(pre_tokenizer=CUT | {"add_prefix_space": True}),
     "no end token there": spoilt(added_tokens=[], model={"vocab": NO_END, "merges": GOOD_MERGES}),
     "Unigram": spoilt(model={"type": "Unigram", "vocab": [["a", -1.5], ["b", -2.5]]}),
-    "nothing": spoilt(model={}, added_tokens=[]),
-}
+    "nothing": spoilt(model={}, added_tokens=[])}
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_tokenizer_that_tiktoken_would_take_otherwise_is_refused(tmp_path, monkeypatch, case):

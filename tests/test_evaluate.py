@@ -166,11 +166,9 @@ def test_a_killed_generation_goes_on_batch_by_batch_and_other_answers_are_refuse
         model, tmp_path, monkeypatch):
     path, asked, examples = tmp_path / "r.jsonl", [], questions(70)
     random.Random(0).shuffle(examples)
-
     def generate(model, prompts, n, eos_id):
         asked.append((len(prompts), len(E.read_records(path)), max(map(len, prompts))))
         return [[len(prompt)] for prompt in prompts]
-
     monkeypatch.setattr(gpt, "generate", generate)
     answer = lambda examples: E.generate_responses(*model, examples, "plain", 3, path)
     whole = answer(examples)
@@ -430,11 +428,9 @@ def test_a_judges_url_is_of_http_without_password_and_safe_where_there_is_a_key(
 def test_a_killed_judge_goes_on_and_asks_anew_only_what_has_changed(server, answers_only):
     folder, seen = answers_only(), []
     path, responses = folder / "judge-ollama-m.jsonl", folder / "responses.jsonl"
-
     def reply(asked, body):  # what was judged is on the disk before the next question
         seen.append(len(E.read_records(path)))
         return (403, "enough") if seen == [0, 1, 2] else honest(asked, body)
-
     server.reply = reply
     assert judged(folder, server) == 1 and len(lines(path)) == 2
     path.write_text(path.read_text() + '{"id": 2, "key"')

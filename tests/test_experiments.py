@@ -3,16 +3,18 @@
 import json
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "experiments"))
-import choose_layers, evaluate, finetune, freeze, gpt, lora, shape_data, tables  # noqa: E402, E401
+sys.path[:0] = [str(ROOT / "experiments"), str(ROOT / "tiny")]
+import choose_layers, evaluate, finetune, freeze, gpt, lora, make, shape_data, tables  # noqa
 from data import Encoded, collate, copy_tokenizer, encode_examples, load_parts  # noqa: E402
 
 SCRIPTS = {"finetune.py": finetune, "lora.py": lora, "evaluate.py": evaluate,
@@ -153,20 +155,20 @@ def test_adaptive_forms_go_by_the_loss_but_in_the_test_part_by_uncertainty_alone
     assert ["".join(e["kind"] for e in adapted[part]) for part in short] == ["ssl", "sl", "ssls"]
 
 @pytest.mark.parametrize("table", tables.COLUMNS)
-def test_every_command_of_a_table_is_in_the_readme_and_its_script_takes_it(table, monkeypatch):
-    monkeypatch.setattr(tables, "response_tokens", lambda data, base: dict.fromkeys(range(3825), 1))
-    base = SimpleNamespace(model="tiny", data="tiny", out="runs/tables", text="t", batch_size=16)
+def test_every_command_of_a_table_is_in_the_readme_and_its_script_takes_it(table):
+    base = SimpleNamespace(model="tiny", data="tiny", out="runs/tables", text="tiny/heldout.txt",
+                           batch_size=16, tokens_of=lambda data: dict.fromkeys(range(3825), 1))
     readme = (ROOT / "experiments" / "README.md").read_text(encoding="utf-8")
     assert table != "layers" or len(tables.rows_of(table, 8)) == 10 + 8 + 6 + 5
-    for label, line in (tables.rows_of(table, 8) | tables.rows_of(table, 4)).items():
-        for template in line.split(" && "):
+    for label, templates in (tables.rows_of(table, 8) | tables.rows_of(table, 4)).items():
+        for template in templates:
             filled = tables.fill(template, base, f"{table}-{label}", 1)
             for command in [filled, *re.findall(r"\$\((.*?)\)", filled)]:
                 _, script, *flags = shlex.split(re.sub(r"\$\(.*?\)", "blocks:0", command))
                 merges = flags[:1] + flags[1::2] == "merge --base --adapter --out".split()
                 assert merges if script == "lora.py" else SCRIPTS[script].parse_args(flags)
             if label in tables.rows_of(table, 4) and "steps}" not in template:
-                assert filled in readme or script == "evaluate.py"
+                assert f"\n{filled}\n" in readme
 
 def test_a_table_goes_on_where_it_was_stopped(here, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tables, "ROWS", {"length": {
@@ -176,7 +178,6 @@ def test_a_table_goes_on_where_it_was_stopped(here, tmp_path, monkeypatch, capsy
     done, out, source, real = [], tmp_path / "out", here / "records.json", tables.execute
     flags = ["length", "--seeds", "2", "--out", str(out), "--text", str(source),
              "--model", str(here / "model"), "--data", str(source)]
-
     def execute(command):
         done.append(command)
         if len(done) == 9:
@@ -187,9 +188,9 @@ def test_a_table_goes_on_where_it_was_stopped(here, tmp_path, monkeypatch, capsy
     assert tables.main(flags) == 1 and len(done) == 26 and len(set(done)) == 25  # one comes twice
     printed, err = capsys.readouterr()
     rows = {line.split(" | ")[0]: line.split(" | ") for line in printed.splitlines()}
-    assert "not finished: length: bad" in err and rows["| bad"][1:-1] == ["-"] * 5
-    base = tables.load_base(tables.parse_args(flags))
-    assert rows["| chain"][1] == "2" and " --seed 1 " in rows["| chain"][-1]
+    assert "not finished: length: bad" in err and rows["| bad"][1:] == ["-"] * 4 + ["- |"]
+    assert rows["| chain"][1] == "2" and "\n# staged\npython experiments/shape_data.py " in printed
+    base = tables.load_base(str(here / "model"), str(source), str(source), str(out))
     parts, source = load_parts(out / "length-staged-seed1-data" / "stage3"), load_parts(source)
     assert rows["| staged"][1] == "3" and len(parts.train) == 2
     assert all(e in source.train for e in parts.train) and parts[1:3] == source[1:3]
@@ -201,10 +202,26 @@ def test_a_table_goes_on_where_it_was_stopped(here, tmp_path, monkeypatch, capsy
     monkeypatch.setenv("PATH", "")  # commands run with this Python
     assert real(f"python {tmp_path}/a.py one two") == 3
     own = shape_data.measure(source.train, "length", None, base.tokenizer, 0)
-    assert list(tables.response_tokens(base.data, base).values()) == [n + 1 for n in own]
-    base.tokens_of = {base.data: dict.fromkeys(range(100), 10), "x": dict.fromkeys(range(40), 5)}
-    steps = tables.fill("--data x {steps} {all_steps}", base, "", 1)
-    assert steps == ("--data x --batch-size 16 --epochs 2 --max-steps 4 "
-                     "--batch-size 16 --epochs 5 --max-steps 15")
-    cells = tables.cell([1.0, 2.0, 3.0], 1), tables.cell([0.5], 2), tables.cell([1.0, None], 1)
-    assert cells == ("2.0 ± 0.6", "0.50", "-")
+    assert list(base.tokens_of(base.data).values()) == [n + 1 for n in own]
+    known = {base.data: dict.fromkeys(range(100), 10), "x": dict.fromkeys(range(40), 5)}
+    base.tokens_of = known.get
+    for key, flags in ("", "--epochs 2 --max-steps 4"), ("all_", "--epochs 5 --max-steps 15"):
+        command = tables.fill(f"--data x {{{key}steps}}", base, "", 1)
+        assert command == f"--data x --batch-size 16 {flags}"
+
+def test_cells_and_points_are_means_with_their_standard_errors(monkeypatch):
+    assert tables.cell([1.0, 2.0, 3.0], 1) == "2.0 ± 0.6" and tables.cell([1.0, None], 1) == "-"
+    assert tables.cell([0.5], 2) == "0.50" and tables.cell([4, 4], 0) == "4"
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", figure := mock.MagicMock())
+    seeds = [{"forgetting": x, "exact match %": y} for x, y in ((0.1, 50), (0.2, 70), (0.3, 90))]
+    tables.draw({"ranks": {"LoRA r = 8": seeds, "LoRA r = 4": [], "full": seeds}}, "x.png")
+    [point] = figure.Figure().subplots().errorbar.call_args_list
+    assert point.args[:4] == pytest.approx((0.2, 70, 20 / 3**0.5, 0.1 / 3**0.5))
+
+def test_the_base_is_made_anew_byte_for_byte_and_deeper_ones_of_the_same_text(tmp_path):
+    shutil.copytree(ROOT / "tiny" / "model", tmp_path / "model")
+    make.main(["--only", "instructions", "heldout", "model", "--layers", "5", "--tokens", "8192",
+               "--out", str(tmp_path)])
+    for name in "instructions.json", "heldout.txt":
+        assert (tmp_path / name).read_bytes() == (ROOT / "tiny" / name).read_bytes()
+    assert gpt.load_model(tmp_path / "model")[0].config.n_layer == 5

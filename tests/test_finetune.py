@@ -192,8 +192,7 @@ def calls_of(monkeypatch, block):
     (["--cache-prefix"], ["--trainable", "head,ln_f.*", "--untie-head"], 0, 1e-5),
     (["--recompute"], ["--lora-r", 2, "--trainable", "lora,blocks:0", "--dropout", 0.1], 30, 0),
     (["--compile"], ["--batch-size", 3], None, 1e-5), (["--dtype", "bf16"], [], 20, 1e-2),
-    (["--compile"], ["--trainable", "last_block", "--batch-size", 3], None, 1e-5),
-], ids=str)
+    (["--compile"], ["--trainable", "last_block", "--batch-size", 3], None, 1e-5)], ids=str)
 def test_a_cheaper_run_has_the_same_loss(world, tmp_path, monkeypatch, remedy, flags, calls, close):
     """Cached: the lower blocks rest, their dropout with them. Recomputed: to the bit. Compiled:
     traced and guarded as always, but run as it is, for a compiler would take a minute."""

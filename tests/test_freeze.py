@@ -92,8 +92,7 @@ POLICIES = [  # policies that mean the same, the model, what trains
     ("all,-lora", ADAPTED, ALL),
     ("lora,last_block", {"lora_r": 2, "dropout": 0.2}, adapters(0, 1, 2) | blocks(2) | LN_F),
     ("blocks:1", ADAPTED, blocks(1)), ("lora,-h.0.*", ADAPTED, adapters(1, 2)),
-    ("head", {"lora_r": 2, **UNTIED}, HEAD),
-]
+    ("head", {"lora_r": 2, **UNTIED}, HEAD)]
 POLICIES = [(policy, *rest) for policies, *rest in POLICIES for policy in policies.split(";")]
 
 @pytest.mark.parametrize("policy, config, names", POLICIES, ids=str)
@@ -129,8 +128,7 @@ WRONG = [  # policies (";" between them), the model, what the message says
     ("last:4;first:4;first:0;last:0;last:-1;last:1.5;last:;last:1,2;first:1-2;first:-1;"
      "blocks:3;blocks:0-3;blocks:2-1;blocks:0,2-1;blocks:;blocks:a;blocks:0--1;blocks:1-;"
      "blocks:0-99999999999999999999", {}, ": 3 blocks were found; say last:2"),
-    ("gradual:1;lisa:1@2", {}, "in finetune.py gradual:K, lisa:K@N"),
-]
+    ("gradual:1;lisa:1@2", {}, "in finetune.py gradual:K, lisa:K@N")]
 WRONG = [(policy, *rest) for policies, *rest in WRONG for policy in policies.split(";")]
 
 @pytest.mark.parametrize("policy, config, says", WRONG, ids=str)
@@ -206,8 +204,7 @@ OTHERS = {  # build; blocks, their matrices, norms and tensors; the norm after t
     "nn.TransformerEncoder": (encoder, "layers.", "linear1 linear2 self_attn.out_proj",
                               "norm1 norm2", BOTH, "norm",
                               {"embeddings": NO, "head": NO, "more in": "self_attn"}),
-    "nn.Sequential": (sequential, "", "0", "1", BOTH, None, {"embeddings": NO, "head": NO}),
-}
+    "nn.Sequential": (sequential, "", "0", "1", BOTH, None, {"embeddings": NO, "head": NO})}
 for kind, task, norms, head in (
         ("Llama", "ForCausalLM", "", HEAD), ("Mistral", "ForCausalLM", "", HEAD),
         ("Llama", "ForSequenceClassification", "", {"score.weight"}),
@@ -452,8 +449,7 @@ VIOLATIONS = [  # the check, what it says, arguments of Run, the deed; more in t
     ("resume", MOVED + "h.1.ln_1.bias;", {},
      lambda r: (prove(r, "last_block"), add(r, "h.1.ln_1.bias", 1e-30))),
     ("resume", "^buffers changed: steps;", {},
-     lambda r: (prove(r, "last_block"), r.model.steps.add_(1), r.start("last_block"))),
-]
+     lambda r: (prove(r, "last_block"), r.model.steps.add_(1), r.start("last_block")))]
 
 def caught(check, says, arguments, deed):
     """What the check says to a planted violation: "" if it does not notice it."""
@@ -604,8 +600,7 @@ def test_what_fully_shard_has_sharded_is_proved_like_whole_tensors(group):
     ("wpe*, gradual:2 ,-ln_f.*", 8, 4, [(0, "wpe*,last:2,-ln_f.*"), (4, "wpe*,last:3,-ln_f.*")]),
     ("blocks:0,2,gradual:2", 8, 9, [(0, "blocks:0,2,last:2")]),
     ("lisa:1@3", 10, 5, [(0, "blocks:1"), (6, "blocks:2"), (9, "blocks:3")]),
-    ("lisa:2@07, wpe*", 8, 5, [(0, "blocks:1,2, wpe*"), (7, "blocks:1,3, wpe*")]),
-])
+    ("lisa:2@07, wpe*", 8, 5, [(0, "blocks:1,2, wpe*"), (7, "blocks:1,3, wpe*")])])
 def test_schedule_cuts_a_policy_into_static_spans(policy, steps, per_epoch, spans):
     assert schedule(policy, 4, steps, per_epoch, seed=0) == spans
 

@@ -94,8 +94,7 @@ CASES = {  # name: (flags, patch); resumed-X goes on in the folder of X
     "wrong": (UNEVEN + ["--trainable", "last:9"], ""),
     "dynamic": (UNEVEN + ["--fsdp", "--trainable", "gradual:1"], ""),
     "moved": (UNEVEN + ["--trainable", "last_block"], MOVE),
-    "fsdp-moved": (UNEVEN + ["--trainable", "last_block", "--fsdp"], MOVE),
-}
+    "fsdp-moved": (UNEVEN + ["--trainable", "last_block", "--fsdp"], MOVE)}
 
 @pytest.fixture(scope="module")
 def runs(world, tmp_path_factory):  # noqa: F811

@@ -131,8 +131,7 @@ CAUGHT = [  # bug, the check that catches it, what it says, arguments of Run, th
         run, "step", lambda: [p.data.mul_(0.999) for p in run.model.parameters()])),
     ("B35", M, "in train mode: drop, h.0.attn, .*; call plan.set_modes", {"dropout": 0.1},
      lambda run: setattr(run, "rest", lambda: None)),
-    ("B35", M, "in train mode: h.0.norm;", {}, normalize_with_batch_statistics),
-]
+    ("B35", M, "in train mode: h.0.norm;", {}, normalize_with_batch_statistics)]
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # torch's word on B22
 @pytest.mark.parametrize("bug, check, says, how, plant", CAUGHT, ids=lambda v: str(v)[:40])
@@ -152,8 +151,7 @@ REFUSED = [  # bug, what the ValueError says, the deed
     ("B26", "adapter 'default'", lambda: add_lora(small(**ADAPTED))),
     ("B28", "'lora' matches no parameter", lambda: freeze(small(), "lora")),
     ("B32", "lm_head.weight, which is tied to wte.weight", lambda: freeze(small(), "head")),
-    ("B33", "lm_head shares its weight", lambda: add_lora(small(), targets=["lm_head"])),
-]
+    ("B33", "lm_head shares its weight", lambda: add_lora(small(), targets=["lm_head"]))]
 
 @pytest.mark.parametrize("bug, says, plant", REFUSED, ids=lambda v: str(v)[:40])
 def test_a_public_bug_is_refused_before_anything_trains(bug, says, plant):

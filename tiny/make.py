@@ -3,7 +3,7 @@ Make the embedded model and its data from nothing but the code below: under an h
 
 In order: a small world (lists of facts), tasks over it, instruction records of them with verified
 answers, a byte-level BPE vocabulary in GPT-2's file format, plain text about the same world, and a
-small GPT-2 pretrained on that text. What it writes, next to itself:
+small GPT-2 pretrained on that text. What it writes, next to itself or to --out:
 
     instructions.json          instruction, input, output, task, level, instruction_long (a paraphrase),
                                rationale (a worked solution), draft (the answer with one error)
@@ -18,6 +18,7 @@ test part ask for facts that no record of another part asks for. Everything is d
 
     python tiny/make.py
     python tiny/make.py --only instructions heldout
+    python tiny/make.py --layers 8 --out runs/eight       # a deeper model, of the same text
 """
 
 import argparse
@@ -888,12 +889,14 @@ def learning_rate(step, steps, peak, warmup=100, decay=0.4):
     return peak * min(1, (step + 1) / warmup, (steps - step) / (decay * steps))
 
 
-def pretrain(seed, n_tokens, batch_size=16, lr=2e-3):
-    """Pretrain the model on n_tokens of plain text, each seen once, and write it in half precision."""
-    tokenizer = load_tokenizer(HERE / "model")
+def pretrain(seed, n_tokens, n_layer, folder, batch_size=16, lr=2e-3):
+    """Pretrain the model on n_tokens of plain text, each seen once, and write it in half precision
+    beside the vocabulary in its folder."""
+    tokenizer = load_tokenizer(folder)
     torch.manual_seed(seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = GPTConfig(vocab_size=tokenizer.n_vocab, block_size=256, n_layer=4, n_head=6, n_embd=192)
+    config = GPTConfig(vocab_size=tokenizer.n_vocab, block_size=256, n_layer=n_layer, n_head=6,
+                       n_embd=192)
     model = GPT(config).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.1, fused=True)
     steps = n_tokens // (batch_size * config.block_size)
@@ -918,7 +921,7 @@ def pretrain(seed, n_tokens, batch_size=16, lr=2e-3):
             left = (steps - step - 1) / rate / 60
             print(f"step {step + 1}/{steps}  loss {loss.item():.3f}  "
                   f"{rate * inputs[0].numel():,.0f} tokens/s  {left:.1f} minutes left", flush=True)
-    model.cpu().half().save_pretrained(HERE / "model")
+    model.cpu().half().save_pretrained(folder)
 
 
 # ---- The script -----------------------------------------------------------------------------------
@@ -935,6 +938,9 @@ def parse_args(argv=None):
                         help="pretraining tokens (default: %(default)s)")
     parser.add_argument("--vocab-size", type=int, default=2048,
                         help="tokens in the vocabulary (default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=4, help="of the model (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=HERE, metavar="FOLDER",
+                        help="where to write (default: next to this script)")
     parser.add_argument("--seed", type=int, default=123, help="of everything drawn (default: %(default)s)")
     return parser.parse_args(argv)
 
@@ -942,22 +948,23 @@ def parse_args(argv=None):
 def main(argv=None):
     """The steps, in order."""
     args = parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
     records = make_records(args.seed)
     verify(records)
     if "instructions" in args.only:
         asked = [r for r in records if TASKS[r["task"]].asked]
         lines = ",\n".join(json.dumps(r) for r in asked)
-        (HERE / "instructions.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+        (args.out / "instructions.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
         print(f"instructions.json: {len(asked)} records, every answer verified")
     if "heldout" in args.only:
         text = make_heldout(args.seed)
-        (HERE / "heldout.txt").write_text(text, encoding="utf-8")
+        (args.out / "heldout.txt").write_text(text, encoding="utf-8")
         print(f"heldout.txt: {len(text):,} characters")
     if "vocabulary" in args.only:
-        make_vocabulary(records, args.seed, args.vocab_size, HERE / "model")
+        make_vocabulary(records, args.seed, args.vocab_size, args.out / "model")
         print(f"model/vocab.json, merges.txt: {args.vocab_size} tokens")
     if "model" in args.only:
-        pretrain(args.seed, args.tokens)
+        pretrain(args.seed, args.tokens, args.layers, args.out / "model")
 
 
 if __name__ == "__main__":
