@@ -189,7 +189,7 @@ def load_parts(path_or_name, split=None) -> Parts:
     positions = [n for n, _ in parts[0]]
     return Parts(train, val, test, positions, split, sha256, sum(counts), [*filter(None, notes)])
 
-def load_examples(path_or_name) -> list[dict]:
+def load_examples(path_or_name):
     """All records in file order; of a folder: train, val, test."""
     name = str(path_or_name)
     return [e for path in _files(name) for _, e in _read(path, name == "alpaca")[0]]
@@ -285,7 +285,7 @@ def copy_tokenizer(source, target):
         if path.is_file() and (named or "token" in path.name):
             Path(target, path.name).write_bytes(path.read_bytes())
 
-def main(argv=None) -> int:
+def main(argv=None):
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)
     flag = parser.add_argument
     flag("--data", default="tiny", help="file, folder, tiny, book or alpaca")

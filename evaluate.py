@@ -77,7 +77,7 @@ def generate_responses(model, tokenizer, examples, template, max_new_tokens, pat
             note(f"{path}: {len(done)} of {len(asked)} answered")
     return [done[i] for i in asked]
 
-def exact_match(prediction: str, reference: str) -> bool:
+def exact_match(prediction, reference):
     """Up to Unicode form and outer space; of a last line "Answer: X" or "#### X", X alone."""
     final = r"(?s)(?:.*\n)?(?:Answer:|####)([^\n]*)\s*"
     if match := re.fullmatch(final, reference):
@@ -326,7 +326,10 @@ def run_info(name, template):
     from gpt import read_json
     path = Path(name, "run.json")
     if path.is_file():
-        return read_json(path)
+        info = read_json(path)
+        if template not in (None, info["flags"]["template"]):
+            raise ValueError(f"--template {template}: {name} has its own")
+        return info
     tiny = name if name == "tiny" else None
     return {"flags": {"model": tiny, "template": template or "alpaca"}, "train": {},
             "data": {"name": tiny, "split": None, "sha256": None}}
@@ -465,7 +468,7 @@ def evaluate(args):
             plot_losses(metrics, run.folder / "loss.png")
     print(table(runs))
 
-def main(argv=None) -> int:
+def main(argv=None):
     try:
         evaluate(parse_args(argv))
     except KeyboardInterrupt:

@@ -171,7 +171,7 @@ def train(model, plan, optimizer, first, end, job, noted):
         epoch, indices = job.order[step]
         batch = [job.train[i] for i in indices]
 
-        # The gradient: of this process's share, in micro-batches; then the sum over processes.
+        # The gradient: of this process's share, in micro-batches; then summed over processes.
         torch.manual_seed(((recipe.seed * 1_000_003 + step) * 1_009 + machine.rank) % 2**63)
         plan.set_modes(model.train())
         share, n, loss = batch[machine.rank::machine.world], n_targets(batch, recipe.loss_on), 0.0
@@ -187,7 +187,7 @@ def train(model, plan, optimizer, first, end, job, noted):
             if not (tensor is None or hasattr(tensor, "full_tensor")):  # FSDP's are sums
                 dist.all_reduce(tensor)
 
-        # The update: clipping, the checks of the first two steps, the rate, the step.
+        # The update: clip, check the first two, set the rate, step.
         norm = whole(nn.utils.clip_grad_norm_(parameters, recipe.clip or math.inf))
         if step < first + 2:
             plan.check_gradients(model, step - first + 1)
@@ -585,7 +585,7 @@ def parse_args(argv=None):
         parser.error("--resume and --overwrite, --fsdp and --cache-prefix exclude each other")
     return args
 
-def main(argv=None) -> int:
+def main(argv=None):
     args = parse_args(argv)
     try:
         return run(args)

@@ -120,7 +120,7 @@ def resolve(model: nn.Module, policy: str) -> set[str]:
         raise ValueError(f"{policy!r} trains nothing")
     return trainable & dict(model.named_parameters()).keys()
 
-def schedule(policy: str, n_blocks, steps, steps_per_epoch, seed) -> list:
+def schedule(policy: str, n_blocks, steps, steps_per_epoch, seed):
     """Cut a policy that changes with time into static ones: [(first step, policy), ...].
     gradual:K: the last norm, K blocks from the top, one more each epoch (ULMFiT, arXiv 1801.06146);
     lisa:K@N: K blocks drawn anew every N steps (LISA, arXiv 2403.17919). Or ValueError."""
@@ -307,7 +307,7 @@ def table(plan: Plan) -> str:
         trains[unit] += p.numel() * (name in plan._trains)
     return "\n".join(f"{unit:24} {trains[unit]:13,} of {total[unit]:13,}" for unit in total)
 
-def main(argv=None) -> int:
+def main(argv=None):
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)
     flag = parser.add_argument
     flag("--model", default="tiny", help="model folder or name")

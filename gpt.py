@@ -401,7 +401,7 @@ def download(url, path):
     except Exception as error:
         raise OSError(f"{url}: {error}; or put it into {path.parent} yourself") from None
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name):
     """cuda under torchrun: each process its own. ValueError if it is not here."""
     if name == "auto":
         name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
@@ -435,7 +435,7 @@ def use_onednn():
     if not all(torch.allclose(y / 256, x[0, 0].square(), rtol=1e-6, atol=0) for y in products):
         matmul.fp32_precision = "none"
 
-def main(argv=None) -> int:
+def main(argv=None):
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)
     flag = parser.add_argument
     flag("--model", default="tiny", help="folder, run or name (tiny)")

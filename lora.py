@@ -120,7 +120,7 @@ def merge_lora(model, name="default", weight=1.0):
             del m.lora_A, m.lora_B, m.configs, m.active
             m.__class__ = nn.Linear
 
-def lora_state_dict(model, name="default") -> dict[str, torch.Tensor]:
+def lora_state_dict(model, name="default"):
     """The entries of model.state_dict() that are one adapter's."""
     return {f"{n}.{kind}.{name}": getattr(m, kind)[name].detach()
             for n, m in _holders(model, name).items() for kind in ("lora_A", "lora_B")}
@@ -203,7 +203,7 @@ def run(args):
     model.save_pretrained(args.out, eos_id=eos_id)
     copy_tokenizer(source, args.out)
 
-def main(argv=None) -> int:
+def main(argv=None):
     quiet = {"usage": argparse.SUPPRESS}
     parser = argparse.ArgumentParser(**quiet)
     commands = parser.add_subparsers(dest="command", required=True, prog="lora.py")
