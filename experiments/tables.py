@@ -39,8 +39,8 @@ COLUMNS = {
     "instructions": ["prompt tokens", "steps", "target tokens", *QUALITY]}
 DIGITS = {"exact match %": 1, "response NLL": 3, "forgetting": 3, "train - val loss": 3,
           "saved MiB": 2, "prompt tokens": 1}  # of the other columns none
-DRAWN = {"rates": r"full.*[13]e-[34]$", "ranks": r"LoRA r = \d+$|hybrid",  # labels in the figure
-         "freezing": r"last \d$|biases", "layers": r"first|blocks|2 drawn"}
+DRAWN = (r"rates: full.*(.e-4|1e-3)$", r"rates: first", r"ranks: LoRA r = \d+$", "ranks: hybrid",
+         r"freezing: last \d$", "layers: (blocks|2 drawn)")  # in the figure, a colour each
 slug = partial(re.sub, r"[^\w.]+", "-")  # a text as the name of a folder
 
 # The rows. What stands in braces `fill` replaces: {model} and {data} by flags, or nothing for tiny.
@@ -101,8 +101,9 @@ ROWS = {  # table: label: flags of finetune.py, or all commands
         "the same, merged and begun anew": chain(f"{LORA} --max-examples {{half}} --epochs 1")},
     "rates": {  # in a hybrid the adapters' rate is ten times this
         f"{label}, lr {lr}": f"{flags} --lr {lr}" for label, flags, rates in (
-            ("full", FULL, "1e-4 3e-4 1e-3 3e-3"), ("LoRA", LORA, "1e-3 3e-3 1e-2 3e-2"),
-            ("hybrid", HYBRID, "1e-4 3e-4 1e-3")) for lr in rates.split()},
+            ("full", FULL, "1e-4 2e-4 3e-4 1e-3 3e-3"), ("LoRA", LORA, "1e-3 3e-3 1e-2 3e-2"),
+            ("hybrid", HYBRID, "1e-4 3e-4 1e-3"),
+            ("first 2", "--trainable first:2", "1e-4 3e-4 1e-3")) for lr in rates.split()},
     "length": {"all": "{steps}", **{
         f"{n} {how}": shaped(f"--n {n} --select {how}{drawn}", "{steps}")
         for n in (50, 100, 200, 400) for how, drawn in (
@@ -214,9 +215,8 @@ def measure(runs: list[Path], base) -> dict[str, float | None]:
         "train - val loss": info["train"]["train_loss"] - info["train"]["val_loss"],
         "steps to loss 0.8": low[0] if low else None,  # in training, the mean of five steps
         "ms a step": 1000 * statistics.median(b - a for a, b in zip([0, *times], times)),
-        "peak MiB": info["train"]["peak_memory_bytes"] / 2**20,
         "saved MiB": sum(p.stat().st_size for p in runs[-1].glob("*/*.safetensors")) / 2**20,
-        "steps": sum(map(len, metrics)),
+        "steps": sum(map(len, metrics)), "peak MiB": info["train"]["peak_memory_bytes"] / 2**20,
         "target tokens": sum(size[position] for size, lines in zip(sizes, metrics)
                              for line in lines for position in line["records"]),
         "prompt tokens": statistics.fmean(len(base.tokenizer.encode_ordinary(p)) for p in prompts)}
@@ -251,15 +251,16 @@ def print_table(table: str, base, n_seeds: int) -> dict[str, list[dict]]:
     return measured
 
 def draw(measured: dict[str, dict[str, list[dict]]], path: str) -> None:
-    """Exact match against forgetting: a point a row, with its standard errors, a colour a table."""
+    """Exact match against forgetting: a point for each row of DRAWN, with its standard errors."""
     from matplotlib.figure import Figure
     axes = (figure := Figure(figsize=(9, 6))).subplots()
-    for color, (table, pattern) in enumerate(DRAWN.items()):
-        for label, results in measured.get(table, {}).items():
-            if results and re.search(pattern, label):
+    for table, rows in measured.items():
+        for label, results in rows.items():
+            families = [i for i, own in enumerate(DRAWN) if re.match(own, f"{table}: {label}")]
+            if results and families:
                 (x, dx), (y, dy) = (mean_and_error([r[column] for r in results])
                                     for column in ("forgetting", "exact match %"))
-                axes.errorbar(x, y, dy, dx, "o", color=f"C{color}", markersize=4)
+                axes.errorbar(x, y, dy, dx, "o", color=f"C{families[0]}", markersize=4)
                 axes.annotate(label, (x, y), (4, -9), textcoords="offset points", fontsize=7)
     axes.set(xscale="log", xlabel="forgetting (nats per token)", ylabel="exact match (%)")
     figure.savefig(path, dpi=120)
