@@ -37,8 +37,7 @@ COLUMNS = {
     "ranks": ["trainable", *QUALITY, "saved MiB"], "stages": ["steps", *QUALITY],
     "length": ["steps", "target tokens", *QUALITY],
     "instructions": ["prompt tokens", "steps", "target tokens", *QUALITY]}
-DIGITS = {"exact match %": 1, "response NLL": 3, "forgetting": 3, "train - val loss": 3,
-          "saved MiB": 2, "prompt tokens": 1}  # of the other columns none
+DIGITS = {"exact match %": 1, "response NLL": 3, "forgetting": 3, CURVES[0]: 3, "saved MiB": 2}
 DRAWN = (r"rates: full.*(.e-4|1e-3)$", r"rates: first", r"ranks: LoRA r = \d+$", "ranks: hybrid",
          r"freezing: last \d$", "layers: (blocks|2 drawn)")  # in the figure, a colour each
 slug = partial(re.sub, r"[^\w.]+", "-")  # a text as the name of a folder
@@ -122,13 +121,15 @@ ROWS = {  # table: label: flags of finetune.py, or all commands
 
 def rows_of(table: str, n_layer: int) -> dict[str, list[str]]:
     """{label: commands}. To `layers` each block alone is added, and the other pairs; of more than
-    four blocks those with the first, and those of neighbours."""
+    four blocks those with the first and those of neighbours, and the lower and the upper half."""
     rows = dict(ROWS[table])
     if table == "layers":
         rows |= {f"block {i} alone": f"--trainable blocks:{i}" for i in range(n_layer)}
         rows |= {f"blocks {i} and {j}": f"--trainable blocks:{i},{j}"
                  for i, j in combinations(range(n_layer), 2)
                  if 1 < j and i < n_layer - 2 and (n_layer <= 4 or i == 0 or j == i + 1)}
+        rows |= {f"{end} half": f"--trainable {end}:{n_layer // 2}" for end in ("first", "last")
+                 if n_layer > 4}
     return {label: [*(line if line.startswith("python") else finetune(line)).split(" && "),
                     "python evaluate.py {text}{out}"] for label, line in rows.items()}
 
@@ -183,8 +184,7 @@ def execute(command: str) -> int:
     return subprocess.Popen(command, shell=True, cwd=ROOT, stdout=2).wait()
 
 def run_row(templates: list[str], base, name: str, seed: int) -> tuple[list[str], list[Path]]:
-    """Run what is not finished of a row: its commands, and the folders of its runs, none where a
-    command failed, which said why."""
+    """Run what is not finished: the commands, and the folders of runs, none where one failed."""
     print(f"{name}, seed {seed}", file=sys.stderr, flush=True)
     commands, runs = [], []
     for template in templates:
