@@ -38,8 +38,8 @@ COLUMNS = {
     "length": ["steps", "target tokens", *QUALITY],
     "instructions": ["prompt tokens", "steps", "target tokens", *QUALITY]}
 DIGITS = {"exact match %": 1, "response NLL": 3, "forgetting": 3, CURVES[0]: 3, "saved MiB": 2}
-DRAWN = (r"rates: full.*(.e-4|1e-3)$", r"rates: first", r"ranks: LoRA r = \d+$", "ranks: hybrid",
-         r"freezing: last \d$", "layers: (blocks|2 drawn)")  # in the figure, a colour each
+DRAWN = ("rates: full.*(.e-4|1e-3)$", "rates: first.*(3e-4|1e-3)$", r"ranks: LoRA r = \d+$",
+         "ranks: hybrid, last", r"freezing: last \d$", "layers: (blocks|2 drawn)")  # a colour each
 slug = partial(re.sub, r"[^\w.]+", "-")  # a text as the name of a folder
 
 # The rows. What stands in braces `fill` replaces: {model} and {data} by flags, or nothing for tiny.
@@ -163,9 +163,8 @@ def fill(command: str, base, name: str, seed: int) -> str:
     tokens = base.tokens_of(base.data)
     n = round(len(tokens) / 4)
     values |= {"base": shlex.quote(base.model), "source": shlex.quote(base.data),
-               "seed": seed, "name": path, "out": f"{path}-seed{seed}",
-               "n": n, "half": n // 2, "quarter": n // 4,
-               "staged": math.ceil(16 / 15 * n / size)}  # a tenth of two thirds comes twice
+               "seed": seed, "name": path, "out": f"{path}-seed{seed}", "n": n, "half": n // 2,
+               "quarter": n // 4, "staged": math.ceil(16 / 15 * n / size)}  # a tenth comes twice
     if "steps}" in command:
         folder = re.search(r"--data (\S+)", command)
         own = base.tokens_of(shlex.split(folder[1].format(**values))[0] if folder else base.data)
@@ -222,7 +221,6 @@ def measure(runs: list[Path], base) -> dict[str, float | None]:
         "prompt tokens": statistics.fmean(len(base.tokenizer.encode_ordinary(p)) for p in prompts)}
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """The error of the mean is 0 for a single value."""
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0
     return statistics.fmean(values), error
 
@@ -234,36 +232,37 @@ def cell(values: list[float | None], digits: int) -> str:
     return f"{mean:,.{digits}f}" + (f" ± {error:,.{digits}f}" if error else "")
 
 def print_table(table: str, base, n_seeds: int) -> dict[str, list[dict]]:
-    """Run and print a table row by row, and below it the commands: what `measure` gave of each row
-    and seed, nothing where a row could not be finished."""
+    """Run and print a table row by row, and below it the commands: {"table: label": what `measure`
+    gave for each seed, nothing where a row could not be finished}."""
     columns, measured, shown = COLUMNS[table], {}, ""
     print(f"| `{table}`, {n_seeds} seeds | {' | '.join(columns)} |")
     print("|" + " --- |" * (len(columns) + 1), flush=True)
     for label, templates in rows_of(table, base.n_layer).items():
-        rows = [run_row(templates, base, f"{table}: {label}", i + 1) for i in range(n_seeds)]
+        name = f"{table}: {label}"
+        rows = [run_row(templates, base, name, seed) for seed in range(1, n_seeds + 1)]
         results = [measure(runs, base) for _, runs in rows] if all(runs for _, runs in rows) else []
         cells = [cell([r[column] for r in results], DIGITS.get(column, 0)) for column in columns]
         print("| " + " | ".join([label, *cells]) + " |", flush=True)
-        measured[label] = results
+        measured[name] = results
         shown += "\n".join([f"# {label}", *rows[0][0], ""])
     print("\n<details><summary>The commands, with seed 1</summary>\n")
     print(f"```\n{shown}```\n\n</details>\n")
     return measured
 
-def draw(measured: dict[str, dict[str, list[dict]]], path: str) -> None:
+def draw(measured: dict[str, list[dict]], path: str) -> None:
     """Exact match against forgetting: a point for each row of DRAWN, with its standard errors."""
     from matplotlib.figure import Figure
-    axes = (figure := Figure(figsize=(9, 6))).subplots()
-    for table, rows in measured.items():
-        for label, results in rows.items():
-            families = [i for i, own in enumerate(DRAWN) if re.match(own, f"{table}: {label}")]
-            if results and families:
-                (x, dx), (y, dy) = (mean_and_error([r[column] for r in results])
-                                    for column in ("forgetting", "exact match %"))
-                axes.errorbar(x, y, dy, dx, "o", color=f"C{families[0]}", markersize=4)
-                axes.annotate(label, (x, y), (4, -9), textcoords="offset points", fontsize=7)
-    axes.set(xscale="log", xlabel="forgetting (nats per token)", ylabel="exact match (%)")
-    figure.savefig(path, dpi=120)
+    axes = (figure := Figure(figsize=(12, 8))).subplots()
+    for i, family in enumerate(DRAWN):
+        side, offset = ("right", (-4, -9 if i == 1 else 4)) if i % 2 else ("left", (4, -9))
+        for name in filter(re.compile(family).match, measured):
+            x, y = ([r[key] for r in measured[name]] for key in ("forgetting", "exact match %"))
+            (x, dx), (y, dy) = mean_and_error(x), mean_and_error(y)
+            axes.errorbar(x, y, dy, dx, "o", color=f"C{i}", markersize=4)
+            axes.annotate(re.split(r": | \(", name)[1], (x, y), offset, textcoords="offset points",
+                          ha=side, fontsize=8)
+    axes.set(xscale="log", xmargin=0.1, xlabel="forgetting (nats per token)", ylabel="exact match %")
+    figure.savefig(path, bbox_inches="tight")
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)
@@ -281,19 +280,20 @@ def parse_args(argv=None):
     return args
 
 def main(argv=None) -> int:
-    args = parse_args(argv)
+    args, measured = parse_args(argv), {}
     try:
         base = load_base(args.model, args.data, args.text, args.out)
-        measured = {table: print_table(table, base, args.seeds) for table in args.tables}
+        for table in args.tables:
+            measured |= print_table(table, base, args.seeds)
         if args.figure:
-            draw(measured, args.figure)
+            draw({name: results for name, results in measured.items() if results}, args.figure)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
         print("error:", *str(error).split(), file=sys.stderr)
         return 1
-    return 0 if all(results for rows in measured.values() for results in rows.values()) else 1
+    return 0 if all(measured.values()) else 1
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -214,7 +214,7 @@ def test_cells_and_points_are_means_with_their_standard_errors(monkeypatch):
     assert tables.cell([0.5], 2) == "0.50" and tables.cell([4, 4], 0) == "4"
     monkeypatch.setitem(sys.modules, "matplotlib.figure", figure := mock.MagicMock())
     seeds = [{"forgetting": x, "exact match %": y} for x, y in ((0.1, 50), (0.2, 70), (0.3, 90))]
-    tables.draw({"ranks": {"LoRA r = 8": seeds, "LoRA r = 4": [], "full": seeds}}, "x.png")
+    tables.draw({"ranks: LoRA r = 8": seeds, "ranks: full": seeds}, "x.png")
     [point] = figure.Figure().subplots().errorbar.call_args_list
     assert point.args[:4] == pytest.approx((0.2, 70, 20 / 3**0.5, 0.1 / 3**0.5))
 
