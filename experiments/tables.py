@@ -261,7 +261,7 @@ def draw(measured: dict[str, list[dict]], path: str) -> None:
             axes.errorbar(x, y, dy, dx, "o", color=f"C{i}", markersize=4)
             axes.annotate(re.split(r": | \(", name)[1], (x, y), offset, textcoords="offset points",
                           ha=side, fontsize=8)
-    axes.set(xscale="log", xmargin=0.1, xlabel="forgetting (nats per token)", ylabel="exact match %")
+    axes.set(xscale="log", xmargin=0.1, xlabel="forgetting, nats/token", ylabel="exact match %")
     figure.savefig(path, bbox_inches="tight")
 
 def parse_args(argv=None):
