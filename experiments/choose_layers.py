@@ -38,25 +38,26 @@ def response_loss(model: GPT, batch: list) -> Tensor:
     wanted = targets != -100
     return F.cross_entropy(model.lm_head(model.features(inputs)[wanted]), targets[wanted])
 
-def relative_gradient_norms(model: GPT, batches: list[list]) -> list[float]:
-    """For each block |gradient| / |weights|, each taken over the block as one vector, and the mean
-    over batches."""
+def relative_gradient_norms(model: GPT, probe: list[list]) -> list[float]:
+    """For each block |gradient| / |weights|, norms over the whole block; the mean over batches."""
     blocks = [list(model.get_submodule(name).parameters()) for name in find_blocks(model)]
     scores = [0.0] * len(blocks)
-    for batch in batches:
-        gradients = iter(torch.autograd.grad(response_loss(model, batch), sum(blocks, [])))
+    for batch in probe:
+        model.zero_grad()
+        response_loss(model, batch).backward()
         for i, block in enumerate(blocks):
-            own = [next(gradients) for _ in block]
-            scores[i] += float(get_total_norm(own) / get_total_norm(block)) / len(batches)
+            norm = get_total_norm([p.grad for p in block])
+            scores[i] += float(norm / get_total_norm(block)) / len(probe)
     return scores
 
 def signal_to_noise(weight: Tensor) -> float:
-    """Of a matrix's singular values the sum of those above what noise alone would give (Marchenko
-    and Pastur, its deviation from their interquartile range), over that of the others, over the
-    largest; inf where there are no others."""
+    """The sum of the singular values above the edge of pure noise (Marchenko and Pastur's), over
+    that of the others, over the largest; inf without others. The noise's standard deviation is
+    taken from their interquartile range."""
     s = torch.linalg.svdvals(weight.detach())
     low, high = torch.quantile(s, torch.tensor([0.25, 0.75])).tolist()
-    above = s > (high - low) / 1.349 * (1 + (min(weight.shape) / max(weight.shape)) ** 0.5)
+    edge = (high - low) / 1.349 * (1 + (min(weight.shape) / max(weight.shape)) ** 0.5)
+    above = s > edge
     return float(s[above].sum() / s[~above].sum() / s[0])
 
 def spectrum_ranks(model: nn.Module) -> list[float]:
@@ -67,17 +68,17 @@ def spectrum_ranks(model: nn.Module) -> list[float]:
     return [sum(other[kind] < snr for kind, snr in own.items() for other in ratios) / len(own)
             for own in ratios]
 
-def rank_shortfalls(model: GPT, batches: list[list], r: int) -> dict[str, float]:
+def rank_shortfalls(model: GPT, probe: list[list], r: int) -> dict[str, float]:
     """For each matrix W of the blocks, all of which get adapters by default, rho |G| / |W|: G is
     the mean over batches of its gradient, rho the share of |G|^2 that no matrix of rank r has."""
     blocks = tuple(f"{name}." for name in find_blocks(model))
     named = {name: p for name, p in model.named_parameters()
              if name.startswith(blocks) and p.dim() == 2}
     means = {name: torch.zeros_like(p) for name, p in named.items()}
-    for batch in batches:
+    for batch in probe:
         gradients = torch.autograd.grad(response_loss(model, batch), list(named.values()))
         for mean, gradient in zip(means.values(), gradients):
-            mean += gradient / len(batches)
+            mean += gradient / len(probe)
     s = {name: torch.linalg.svdvals(mean) for name, mean in means.items()}
     rho = {name: s[name][r:].square().sum() / s[name].square().sum() for name in s}
     return {name: float(rho[name] * s[name].norm() / named[name].detach().norm()) for name in s}
@@ -93,7 +94,7 @@ def hybrid(model: nn.Module, scores: dict[str, float], share: float) -> str:
             full.append(name)
     if not full:
         raise ValueError(f"--share {share:g}: no matrix with a shortfall fits into it")
-    frozen = [f"-{name.removesuffix('weight')}lora_*" for name in full]  # these stay zero
+    frozen = [f"-{name.removesuffix('weight')}lora_*" for name in full]  # B stays 0: no effect
     return ",".join(["lora", *full, *frozen])
 
 def first_batches(model: GPT, tokenizer, data: str, seed: int, n=5) -> list[list]:
@@ -119,8 +120,9 @@ def choose(args) -> str:
         probe = first_batches(model, tokenizer, args.data, args.seed)
         scores = (rank_shortfalls(model, probe, args.lora_r) if args.by == "shortfall" else
                   dict(enumerate(relative_gradient_norms(model, probe))))
-    for name, score in scores.items() if args.verbose else ():
-        print(f"{name}: {score:.4f}", file=sys.stderr)
+    if args.verbose:
+        for name, score in scores.items():
+            print(f"{name}: {score:.4f}", file=sys.stderr)
 
     if args.by == "shortfall":
         return hybrid(model, scores, args.share)
@@ -135,15 +137,14 @@ def parse_args(argv=None):
     add("--share", type=float, help="shortfall: share of the parameters that trains fully")
     add("--lora-r", type=int, help="shortfall: rank of the adapters")
     add("--model", default="tiny", help="a model folder or name (tiny)")
-    add("--data", default="tiny", help="what finetune.py takes (tiny)")
-    add("--seed", type=int, default=123, help="of the batches, or of chance (123)")
+    add("--data", default="tiny", help="rgn, shortfall: what finetune.py takes (tiny)")
+    add("--seed", type=int, default=123, help="of their batches, or of chance (123)")
     add("--verbose", action="store_true", help="print the scores on stderr")
     args = parser.parse_args(argv)
-    numbers = {"--k": args.k, "--share": args.share, "--lora-r": args.lora_r}
-    given = {flag: number for flag, number in numbers.items() if number is not None}
-    if list(given) != (["--share", "--lora-r"] if args.by == "shortfall" else ["--k"]):
+    numbers = [args.k, args.share, args.lora_r]
+    if [n is not None for n in numbers] != [args.by != "shortfall"] + 2 * [args.by == "shortfall"]:
         parser.error("--by shortfall takes --share and --lora-r, the others take --k")
-    if min(given.values()) <= 0 or (args.share or 1) > 1:
+    if any(n is not None and n <= 0 for n in numbers) or (args.share or 1) > 1:
         parser.error("--k and --lora-r are at least 1, --share is above 0, at most 1")
     return args
 

@@ -1,9 +1,9 @@
 """Prepare data for finetune.py: which records, in which form, in which order.
 
 Reads what finetune.py reads and writes a folder that its --data takes: train.jsonl, val.jsonl and
-test.jsonl, or such a folder for each stage. In this order: forms of the instruction and of the
-response, in all three parts; selection and stages, in the training part alone. Stages, as in arXiv
-2406.04371, are runs, each from the last: finetune.py --data staged/stage2 --model runs/first.
+test.jsonl, or such a folder for each stage. First it changes the form of instruction and response,
+in all three parts; then it selects and splits into stages, in the training part alone. Stages
+(arXiv 2406.04371) are runs, each from the last: finetune.py --data new/stage2 --model runs/first.
 
     python experiments/shape_data.py --data tiny --out short --select shortest --n 100
     python experiments/shape_data.py --data gsm8k.jsonl --model gpt2 --out new --response rationale
@@ -41,10 +41,11 @@ def reshape(example: dict, instruction="short", response=None) -> dict:
         fields |= {"rationale": solution, "output": answer}
 
     def field(name):
-        if not str(fields.get(name) or "").strip():
+        text = fields.get(name)
+        if not isinstance(text, str) or not text.strip():
             begin = textwrap.shorten(example["instruction"], 60)
             raise ValueError(f"the record {begin!r} has no text as {name}")
-        return fields[name].strip()
+        return text.strip()
 
     if instruction == "long":
         shaped["instruction"] = field("instruction_long")
@@ -55,6 +56,12 @@ def reshape(example: dict, instruction="short", response=None) -> dict:
         shaped["output"] = f"{draft}{field('rationale')}\nAnswer: {field('output')}"
     return shaped
 
+def response_tokens(tokenizer, max_length: int, data: str) -> dict[int, int]:
+    """Those of each training record, by its position in its file, with the end token."""
+    parts = load_parts(data)
+    encoded, kept = encode_examples(parts.train, tokenizer, max_length=max_length)
+    return {parts.positions[i]: len(e.ids) - e.n_prompt for i, e in zip(kept, encoded)}
+
 def nats_per_token(model, tokenizer, examples: list[dict], alone=False) -> list[float]:
     """Loss of each response after its prompt, or alone, after nothing but an end token; inf where
     the model has no room for it."""
@@ -62,8 +69,9 @@ def nats_per_token(model, tokenizer, examples: list[dict], alone=False) -> list[
     encoded, kept = encode_examples(examples, tokenizer, max_length=model.config.block_size)
     if alone:
         encoded = [Encoded([tokenizer.eot_token, *e.ids[e.n_prompt:]], 1) for e in encoded]
-    for i, (nats, n) in zip(kept, nlls(model, encoded)):
-        losses[i] = nats / n
+    for i, e, (nats, n) in zip(kept, encoded, nlls(model, encoded)):
+        if e.ids[-1] == tokenizer.eot_token:  # else it is cut
+            losses[i] = nats / n
     return losses
 
 @torch.no_grad()
@@ -108,7 +116,8 @@ def measure(examples: list[dict], by: str | None, model, tokenizer, seed: int) -
         if not all(isinstance(level, (int, float)) for level in levels):
             raise ValueError("--by level: a training record has no number as level")
         return levels
-    return [len(tokenizer.encode_ordinary(example["output"])) for example in examples]
+    lengths = [len(tokenizer.encode_ordinary(example["output"])) for example in examples]
+    return lengths  # also for longest, shortest and None
 
 def select(scores: list[float], how: str | None, n: int) -> list[int]:
     """Indices of n records, in their order, by what `measure` gives: for longest those of largest
@@ -144,16 +153,16 @@ def shape(args) -> None:
     """Forms, selection, stages; then the folders are written, and what was chosen is printed."""
     if Path(args.out).exists():
         raise FileExistsError(f"--out {args.out}: is there already; choose another")
-    loaded, forms = load_parts(args.data), {}
+    loaded = load_parts(args.data)
     parts = {"train": loaded.train, "val": loaded.val, "test": loaded.test}
     if not all(parts.values()):
         raise ValueError(f"{args.data}: too few records, a part is empty")
     model, tokenizer = load_model(args.model, choose_device("auto"))
 
-    for form in ("short", "long") if args.instruction == "adaptive" else [args.instruction]:
-        forms[form] = {part: [reshape(example, form, args.response) for example in examples]
-                       for part, examples in parts.items()}
-    parts = adapt(model, tokenizer, **forms) if len(forms) == 2 else forms[args.instruction]
+    forms = ["short", "long"] if args.instruction == "adaptive" else [args.instruction]
+    shaped = [{part: [reshape(example, form, args.response) for example in examples]
+               for part, examples in parts.items()} for form in forms]
+    parts = adapt(model, tokenizer, *shaped) if len(shaped) > 1 else shaped[0]
 
     train = parts["train"]
     if args.n:

@@ -1,16 +1,17 @@
 """The tables of experiments/README.md: each row is a few commands, run with several seeds.
 
 Commands are run as they are printed, in the project's root. What is finished is read from its
-folder, so a table that was stopped goes on. A row is one pass over a quarter of the training part,
-unless its commands say otherwise: a full pass takes most rows to the ceiling, where methods do not
-differ. Forgetting is the loss on plain text (nats per token) after a row's runs, minus before.
+folder as it is, so a table that was stopped goes on. A row is one pass over a quarter of the
+training part, unless its commands say otherwise: a full pass takes most rows to the ceiling, where
+methods do not differ. Forgetting is the loss on plain text (nats per token) after a row's runs,
+minus before.
 
     python experiments/tables.py layers freezing ranks rates --figure methods.png
-    python experiments/tables.py ranks --model gpt2 --data my-records.json --text a-story.txt
 """
 
 import argparse
 import math
+import os
 import re
 import shlex
 import statistics
@@ -18,26 +19,26 @@ import subprocess
 import sys
 from functools import cache, partial
 from importlib.util import find_spec
-from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # the six files
-from choose_layers import batch_size
-from data import encode_examples, format_prompt, load_parts
+from choose_layers import batch_size  # which finds the six files, too
+from data import format_prompt
 from evaluate import read_records, text_nll
 from gpt import load_model, read_json
+from shape_data import response_tokens
 
+ROOT = Path(__file__).resolve().parents[1]
 QUALITY = ["exact match %", "response NLL", "forgetting"]
-CURVES = ["train - val loss", "steps to loss 0.8"]
 COLUMNS = {
     "layers": ["trainable", *QUALITY], "rates": ["trainable", *QUALITY],
-    "freezing": ["trainable", *QUALITY, *CURVES, "ms a step", "peak MiB"],
+    "freezing": ["trainable", *QUALITY, "train - val loss", "steps to loss 0.8", "ms a step",
+                 "peak MiB"],
     "ranks": ["trainable", *QUALITY, "saved MiB"], "stages": ["steps", *QUALITY],
-    "length": ["steps", "target tokens", *QUALITY],
-    "instructions": ["prompt tokens", "steps", "target tokens", *QUALITY]}
-DIGITS = {"exact match %": 1, "response NLL": 3, "forgetting": 3, CURVES[0]: 3, "saved MiB": 2}
+    "length": ["steps", "response tokens", *QUALITY],
+    "instructions": ["prompt tokens", "steps", "response tokens", *QUALITY]}
+DIGITS = {"exact match %": 1, "response NLL": 3, "forgetting": 3, "train - val loss": 3,
+          "saved MiB": 2}  # of the other columns none
 DRAWN = ("rates: full.*(.e-4|1e-3)$", "rates: first.*(3e-4|1e-3)$", r"ranks: LoRA r = \d+$",
          "ranks: hybrid, last", r"freezing: last \d$", "layers: (blocks|2 drawn)")  # a colour each
 slug = partial(re.sub, r"[^\w.]+", "-")  # a text as the name of a folder
@@ -79,7 +80,7 @@ ROWS = {  # table: label: flags of finetune.py, or all commands
         "2 of largest relative gradient norm": chosen("rgn --k 2"),
         "2 of most signal in their spectrum": chosen("spectrum --k 2"),
         "2 drawn every 10 steps (LISA), and embeddings, norms": "lisa:2@10,embeddings,norms",
-        "all, 4 passes over a quarter of the records": f"all {REPEATED}",
+        "all, 4 passes over a quarter of these": f"all {REPEATED}",
         "the same, unfreezing one block more each pass": f"gradual:1 {REPEATED}",
         "the same, with rates decayed by depth": f"gradual:1 --lr-decay 0.38 {REPEATED}"}.items()},
     "freezing": {
@@ -96,7 +97,7 @@ ROWS = {  # table: label: flags of finetune.py, or all commands
         "hybrid, a fifth full, by score":
             f"{LORA} --trainable {chosen('shortfall --share 0.2 --lora-r 8')}",
         "hybrid, a random block full": f"{LORA} --trainable lora,{chosen('random --k 1')}",
-        "LoRA r = 8, 2 passes over half": f"{LORA} --max-examples {{half}} --epochs 2",
+        "LoRA r = 8, 2 passes over half of these": f"{LORA} --max-examples {{half}} --epochs 2",
         "the same, merged and begun anew": chain(f"{LORA} --max-examples {{half}} --epochs 1")},
     "rates": {  # in a hybrid the adapters' rate is ten times this
         f"{label}, lr {lr}": f"{flags} --lr {lr}" for label, flags, rates in (
@@ -126,8 +127,8 @@ def rows_of(table: str, n_layer: int) -> dict[str, list[str]]:
     if table == "layers":
         rows |= {f"block {i} alone": f"--trainable blocks:{i}" for i in range(n_layer)}
         rows |= {f"blocks {i} and {j}": f"--trainable blocks:{i},{j}"
-                 for i, j in combinations(range(n_layer), 2)
-                 if 1 < j and i < n_layer - 2 and (n_layer <= 4 or i == 0 or j == i + 1)}
+                 for i in range(n_layer - 2) for j in range(max(i + 1, 2), n_layer)
+                 if n_layer <= 4 or i == 0 or j == i + 1}
         rows |= {f"{end} half": f"--trainable {end}:{n_layer // 2}" for end in ("first", "last")
                  if n_layer > 4}
     return {label: [*(line if line.startswith("python") else finetune(line)).split(" && "),
@@ -136,22 +137,16 @@ def rows_of(table: str, n_layer: int) -> dict[str, list[str]]:
 def load_base(name: str, data: str, text: str | None, out: str | None) -> SimpleNamespace:
     """What all rows start from, and what the commands need to know of it."""
     model, tokenizer = load_model(name, "cpu")
-    names = ["tables", *(own for own in (name, data) if own != "tiny")]
+    names = ["tables", *(own for own in (name, data, text) if own not in ("tiny", None))]
     base = SimpleNamespace(
         model=name, data=data, text=text or ("tiny/heldout.txt" if name == "tiny" else None),
         out=out or f"runs/{slug(' '.join(names))}", n_layer=model.config.n_layer,
         batch_size=batch_size(model), tokenizer=tokenizer, text_nll=None,
         tokens_of=cache(partial(response_tokens, tokenizer, model.config.block_size)))
     if base.text:
-        plain = (ROOT / base.text).read_text(encoding="utf-8")
+        plain = Path(base.text).read_text(encoding="utf-8")
         base.text_nll = text_nll(model, tokenizer.encode_ordinary(plain))
     return base
-
-def response_tokens(tokenizer, max_length: int, data: str) -> dict[int, int]:
-    """Supervised tokens of each training record, by its position in its file."""
-    parts = load_parts(data)
-    encoded, kept = encode_examples(parts.train, tokenizer, max_length=max_length)
-    return {parts.positions[i]: len(e.ids) - e.n_prompt for i, e in zip(kept, encoded)}
 
 def fill(command: str, base, name: str, seed: int) -> str:
     """The command with what stood in braces. {steps} and {all_steps}: as many as it takes, on the
@@ -176,11 +171,14 @@ def fill(command: str, base, name: str, seed: int) -> str:
     return command.format(**values)
 
 def execute(command: str) -> int:
-    """Run a command with this Python, its output on stderr; the exit code. Ctrl-C reaches it too,
-    and it ends by itself: subprocess.run would kill it over its checkpoint."""
+    """Run a command with this Python, output on stderr. Ctrl-C reaches it too; it is waited for."""
     here = shlex.quote(sys.executable) + " "
     command = re.sub(r"\bpython (?=\S+\.py)", lambda match: here, command)
-    return subprocess.Popen(command, shell=True, cwd=ROOT, stdout=2).wait()
+    process = subprocess.Popen(command, shell=True, stdout=2)
+    try:
+        return process.wait()
+    finally:
+        process.wait()
 
 def run_row(templates: list[str], base, name: str, seed: int) -> tuple[list[str], list[Path]]:
     """Run what is not finished: the commands, and the folders of runs, none where one failed."""
@@ -188,7 +186,7 @@ def run_row(templates: list[str], base, name: str, seed: int) -> tuple[list[str]
     commands, runs = [], []
     for template in templates:
         commands.append(command := fill(template, base, name, seed))
-        script, out = command.split()[1], ROOT / shlex.split(command)[-1]  # folders come last
+        script, out = command.split()[1], Path(shlex.split(command)[-1])  # folders come last
         done = out / {"finetune.py": "run.json", "evaluate.py": "scores.json"}.get(script, "")
         if script == "finetune.py":
             runs.append(out)
@@ -216,7 +214,7 @@ def measure(runs: list[Path], base) -> dict[str, float | None]:
         "ms a step": 1000 * statistics.median(b - a for a, b in zip([0, *times], times)),
         "saved MiB": sum(p.stat().st_size for p in runs[-1].glob("*/*.safetensors")) / 2**20,
         "steps": sum(map(len, metrics)), "peak MiB": info["train"]["peak_memory_bytes"] / 2**20,
-        "target tokens": sum(size[position] for size, lines in zip(sizes, metrics)
+        "response tokens": sum(size[position] for size, lines in zip(sizes, metrics)
                              for line in lines for position in line["records"]),
         "prompt tokens": statistics.fmean(len(base.tokenizer.encode_ordinary(p)) for p in prompts)}
 
@@ -254,13 +252,13 @@ def draw(measured: dict[str, list[dict]], path: str) -> None:
     from matplotlib.figure import Figure
     axes = (figure := Figure(figsize=(12, 8))).subplots()
     for i, family in enumerate(DRAWN):
-        side, offset = ("right", (-4, -9 if i == 1 else 4)) if i % 2 else ("left", (4, -9))
+        side, offset = ("right", (-4, 4)) if i % 2 else ("left", (4, -9))  # of the names
         for name in filter(re.compile(family).match, measured):
-            x, y = ([r[key] for r in measured[name]] for key in ("forgetting", "exact match %"))
-            (x, dx), (y, dy) = mean_and_error(x), mean_and_error(y)
+            (x, dx), (y, dy) = (mean_and_error([r[column] for r in measured[name]])
+                                for column in ("forgetting", "exact match %"))
             axes.errorbar(x, y, dy, dx, "o", color=f"C{i}", markersize=4)
-            axes.annotate(re.split(r": | \(", name)[1], (x, y), offset, textcoords="offset points",
-                          ha=side, fontsize=8)
+            label = name.partition(": ")[2].partition(" (")[0]
+            axes.annotate(label, (x, y), offset, textcoords="offset points", ha=side, fontsize=8)
     axes.set(xscale="log", xmargin=0.1, xlabel="forgetting, nats/token", ylabel="exact match %")
     figure.savefig(path, bbox_inches="tight")
 
@@ -275,11 +273,13 @@ def parse_args(argv=None):
     add("--out", metavar="FOLDER", help="of all runs (runs/tables, or a name for model and data)")
     add("--figure", metavar="FILE", help="draw exact match against forgetting (needs matplotlib)")
     args = parser.parse_args(argv)
-    if args.seeds < 1 or args.figure and not find_spec("matplotlib"):
-        parser.error("--seeds is at least 1, --figure needs matplotlib")
+    can_draw = find_spec("matplotlib") and (args.text or args.model == "tiny")
+    if args.seeds < 1 or args.figure and not can_draw:
+        parser.error("--seeds is at least 1, --figure needs matplotlib and --text")
     return args
 
 def main(argv=None) -> int:
+    os.chdir(ROOT)
     args, measured = parse_args(argv), {}
     try:
         base = load_base(args.model, args.data, args.text, args.out)

@@ -183,7 +183,7 @@ def test_a_table_goes_on_where_it_was_stopped(here, tmp_path, monkeypatch, capsy
         if len(done) == 9:
             raise KeyboardInterrupt
         return run(command)
-    monkeypatch.setattr(tables, "execute", execute)
+    monkeypatch.setattr(tables, "execute", execute), monkeypatch.chdir(ROOT)
     assert tables.main(flags) == 130 and (out / "length-chain-seed2" / "scores.json").exists()
     assert tables.main(flags) == 1 and len(done) == 26 and len(set(done)) == 25  # one comes twice
     printed, err = capsys.readouterr()
