@@ -134,8 +134,9 @@ def test_selection_and_stages_take_these():
 def test_difficulty_and_uncertainty_are_those_of_plain_loops(here):
     model, tokenizer = gpt.load_model(here / "model", "cpu")
     records = load_parts(here / "records.json").train
-    ifd = shape_data.measure([*records, RECORD | {"input": "a " * 99}], "ifd", model, tokenizer, 0)
-    assert ifd[-1] == float("inf")  # the model has no room for it
+    long = [RECORD | {field: "a " * 99} for field in ("input", "output")]  # no room, and cut
+    ifd = shape_data.measure([*records, *long], "ifd", model, tokenizer, 0)
+    assert ifd[-2:] == [float("inf")] * 2
     for record, score, h in zip(records, ifd, shape_data.entropies(model, tokenizer, records)):
         [example], _ = encode_examples([record], tokenizer)
         alone = Encoded([2047, *example.ids[example.n_prompt:]], 1)
@@ -176,14 +177,14 @@ def test_a_table_goes_on_where_it_was_stopped(here, tmp_path, monkeypatch, capsy
         "solved": tables.ROWS["instructions"]["worked solution, answer"],
         "staged": tables.ROWS["stages"]["by level"], "bad": "--trainable last:3"}})
     done, out, source, real = [], tmp_path / "out", here / "records.json", tables.execute
-    flags = ["length", "--seeds", "2", "--out", str(out), "--text", str(source),
+    flags = ["length", "--seeds", "2", "--out", str(out), "--text", "LICENSE",
              "--model", str(here / "model"), "--data", str(source)]
     def execute(command):
         done.append(command)
         if len(done) == 9:
             raise KeyboardInterrupt
         return run(command)
-    monkeypatch.setattr(tables, "execute", execute), monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(tables, "execute", execute), monkeypatch.chdir(here)
     assert tables.main(flags) == 130 and (out / "length-chain-seed2" / "scores.json").exists()
     assert tables.main(flags) == 1 and len(done) == 26 and len(set(done)) == 25  # one comes twice
     printed, err = capsys.readouterr()
@@ -206,8 +207,7 @@ def test_a_table_goes_on_where_it_was_stopped(here, tmp_path, monkeypatch, capsy
     known = {base.data: dict.fromkeys(range(100), 10), "x": dict.fromkeys(range(40), 5)}
     base.tokens_of = known.get
     for key, flags in ("", "--epochs 2 --max-steps 4"), ("all_", "--epochs 5 --max-steps 15"):
-        command = tables.fill(f"--data x {{{key}steps}}", base, "", 1)
-        assert command == f"--data x --batch-size 16 {flags}"
+        assert tables.fill(f"{{{key}steps}} --data x", base, "", 1).endswith(f" {flags} --data x")
 
 def test_cells_and_points_are_means_with_their_standard_errors(monkeypatch):
     assert tables.cell([1.0, 2.0, 3.0], 1) == "2.0 ± 0.6" and tables.cell([1.0, None], 1) == "-"
