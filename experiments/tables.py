@@ -40,7 +40,7 @@ COLUMNS = {
 DIGITS = {"exact match %": 1, "response NLL": 3, "forgetting": 3, "train - val loss": 3,
           "saved MiB": 2}  # of the other columns none
 DRAWN = ("rates: full.*(.e-4|1e-3)$", "rates: first.*(3e-4|1e-3)$", r"ranks: LoRA r = \d+$",
-         "ranks: hybrid, last", r"freezing: last \d$", "layers: (blocks|2 drawn)")  # a colour each
+         r"freezing: last \d$", "ranks: hybrid, last", "layers: (blocks|2 drawn)")  # a colour each
 slug = partial(re.sub, r"[^\w.]+", "-")  # a text as the name of a folder
 
 # The rows. What stands in braces `fill` replaces: {model} and {data} by flags, or nothing for tiny.
@@ -252,7 +252,7 @@ def draw(measured: dict[str, list[dict]], path: str) -> None:
     from matplotlib.figure import Figure
     axes = (figure := Figure(figsize=(12, 8))).subplots()
     for i, family in enumerate(DRAWN):
-        side, offset = ("right", (-4, 4)) if i % 2 else ("left", (4, -9))  # of the names
+        side, offset = ("right", (-4, 4)) if i > 3 else ("left", (4, -9))  # of the names
         for name in filter(re.compile(family).match, measured):
             (x, dx), (y, dy) = (mean_and_error([r[column] for r in measured[name]])
                                 for column in ("forgetting", "exact match %"))
