@@ -141,10 +141,12 @@ def parse_args(argv=None):
     add("--seed", type=int, default=123, help="of their batches, or of chance (123)")
     add("--verbose", action="store_true", help="print the scores on stderr")
     args = parser.parse_args(argv)
-    numbers = [args.k, args.share, args.lora_r]
-    if [n is not None for n in numbers] != [args.by != "shortfall"] + 2 * [args.by == "shortfall"]:
+    taken, others = [args.k], [args.share, args.lora_r]
+    if args.by == "shortfall":
+        taken, others = others, taken
+    if None in taken or any(number is not None for number in others):
         parser.error("--by shortfall takes --share and --lora-r, the others take --k")
-    if any(n is not None and n <= 0 for n in numbers) or (args.share or 1) > 1:
+    if min(taken) <= 0 or (args.share or 1) > 1:
         parser.error("--k and --lora-r are at least 1, --share is above 0, at most 1")
     return args
 

@@ -116,8 +116,8 @@ def measure(examples: list[dict], by: str | None, model, tokenizer, seed: int) -
         if not all(isinstance(level, (int, float)) for level in levels):
             raise ValueError("--by level: a training record has no number as level")
         return levels
-    lengths = [len(tokenizer.encode_ordinary(example["output"])) for example in examples]
-    return lengths  # also for longest, shortest and None
+    # Longest, shortest, None and the stages by length: tokens of the response.
+    return [len(tokenizer.encode_ordinary(example["output"])) for example in examples]
 
 def select(scores: list[float], how: str | None, n: int) -> list[int]:
     """Indices of n records, in their order, by what `measure` gives: for longest those of largest
