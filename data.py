@@ -17,6 +17,7 @@ import sys
 import warnings
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 warnings.filterwarnings("ignore", "Failed.*NumPy")
 import tiktoken
@@ -24,7 +25,7 @@ import torch
 from tiktoken_ext.openai_public import r50k_pat_str
 
 TINY = Path(__file__).resolve().parent / "tiny"  # the embedded data and model
-TEMPLATES = {  # before the input; its part, if there is one; after it
+TEMPLATES = {  # before the input; its part; after it
     "alpaca": ("Below is an instruction that describes a task. Write a response that "
                "appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n",
                "### Input:\n{input}\n\n", "### Response:\n"),
@@ -34,14 +35,14 @@ TEMPLATES = {  # before the input; its part, if there is one; after it
     "plain": ("{instruction}", "\n{input}", "\n"),
 }
 
-def format_prompt(example, template="alpaca") -> str:
+def format_prompt(example, template="alpaca"):
     """The text up to and including the response header."""
     before, input_part, after = TEMPLATES[template]
     return (before + (input_part if example.get("input") else "") + after).format_map(example)
 
 # An example; ids: of prompt, response and, unless cut, the end token.
 Encoded = namedtuple("Encoded", "ids n_prompt")
-def encode_example(example, tokenizer, template="alpaca", max_length=None) -> Encoded:
+def encode_example(example, tokenizer, template="alpaca", max_length=None):
     """The first max_length ids; ValueError if none is of the response."""
     return encode_examples([example], tokenizer, template, max_length)[0][0]
 
@@ -59,11 +60,6 @@ def encode_examples(examples, tokenizer, template="alpaca", max_length=None):
         raise ValueError(f"max_length {max_length} leaves no response to {len(examples)} prompts")
     return encoded, kept
 
-def marker_note(tokenizer, template):
-    """A line on the template's markers that are control tokens of the tokenizer."""
-    own = sorted(t for t in tokenizer.special_tokens_set if t in "".join(TEMPLATES[template]))
-    return f"in template {template}, {', '.join(own)} stays text" if own else None
-
 def collate(encoded, loss_on="response", ignore_index=-100):
     """Inputs ids[:-1] and targets ids[1:], (B, T) int64 each; loss_on is "response" or "all"."""
     width = max(len(e.ids) for e in encoded)
@@ -75,7 +71,36 @@ def collate(encoded, loss_on="response", ignore_index=-100):
         targets.append([ignore_index] * (first - 1) + e.ids[first:] + [ignore_index] * padding)
     return torch.tensor(inputs), torch.tensor(targets)
 
-def batches(lengths, batch_size, seed, epoch) -> list[list[int]]:
+def n_targets(encoded, loss_on):
+    """Supervised tokens."""
+    return sum(len(e.ids) - (e.n_prompt if loss_on == "response" else 1) for e in encoded)
+
+def share_beginnings(encoded, n_embd, dtype):
+    """A batch as one row of N tokens, where what records begin with alike stands once (prefix
+    sharing, arXiv 2410.20305). As its cache it shows a model of each token what it saw before:
+    features are the same; dropout is drawn once. kept: (N,), the row's places in the flat (B, T);
+    place: (B T,), those in the row. None if less than a quarter of the work is saved."""
+    ids = [torch.tensor(e.ids[:-1]) for e in encoded]
+    ids = torch.nn.utils.rnn.pad_sequence(ids, True, -1)  # (B, T)
+    alike = (ids[:, None] == ids).cumprod(-1)  # (B, B, T): up to here
+    first = alike.argmax(1)  # (B, T): the first record that begins so
+    own = (first == torch.arange(len(ids))[:, None]) & (ids >= 0)
+    kept, T, C = own.flatten().nonzero()[:, 0], ids.shape[1], n_embd
+    row, time, N = kept // T, kept % T, len(kept)
+    if N * (6 * C + N) > 0.75 * ids.numel() * (6 * C + T):
+        return None
+    seen = alike[row[:, None], row, time] * (time <= time[:, None])  # (N, N)
+    mask = seen.to(dtype).log()  # 0 or -inf
+    place = (own.flatten().cumsum(0) - 1).view_as(ids).gather(0, first).flatten()
+    return SimpleNamespace(kept=kept, place=place, advance=lambda T: time[None],
+                           append=lambda layer, k, v: (k, v, mask))
+
+def chunks(encoded, size):
+    """Batches, the shortest first."""
+    order = sorted(encoded, key=lambda e: len(e.ids))
+    return [order[i:i + size] for i in range(0, len(order), size)]
+
+def batches(lengths, batch_size, seed, epoch):
     """Indices in batches of similar length, each once; a function of seed and epoch."""
     rng, n = random.Random(f"{seed}/{epoch}"), len(lengths)
     order = sorted(rng.sample(range(n), n), key=lengths.__getitem__)
@@ -96,7 +121,7 @@ MARKS = ("train", "training", "trainable", "weight", "loss_mask")
 NEEDED = ("history", "choices", "options", "tools", "tool_calls", "images", "conversations")
 USED = {"instruction", "input", "output", "task", "level", "instruction_long", "rationale", "draft"}
 
-def to_example(record) -> dict:
+def to_example(record):
     """Any accepted record as instruction (after a system text), input, output, other fields."""
     if not isinstance(record, dict):
         raise ValueError("not an object with named fields")
@@ -163,7 +188,7 @@ KINDS = {  # how files begin
 
 # positions: of train in its file, from 0; split: "file order", "shuffled" or "folder".
 Parts = namedtuple("Parts", "train val test positions split sha256 rows notes")
-def load_parts(path_or_name, split=None) -> Parts:
+def load_parts(path_or_name, split=None):
     """Read and split. A user's file is shuffled, as it may be sorted by kind, unless split is "file
     order". Errors name file and record (from 1)."""
     name = str(path_or_name)
@@ -244,7 +269,7 @@ PRINTS = [b for b in range(33, 256) if chr(b).isprintable()]
 OTHERS = [b for b in range(256) if b not in PRINTS]
 CHAR_TO_BYTE = {chr(b): b for b in PRINTS} | {chr(256 + i): b for i, b in enumerate(OTHERS)}
 
-def load_tokenizer(name_or_folder) -> tiktoken.Encoding:
+def load_tokenizer(name_or_folder):
     """GPT-2's byte-level BPE by name, or from tokenizer.json, else vocab.json and merges.txt."""
     if name_or_folder in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2"):
         return tiktoken.get_encoding("gpt2")
@@ -305,7 +330,7 @@ def main(argv=None):
     cut = sum(e.ids[-1] != tokenizer.eot_token for e in encoded)
     padded = sum(len(b) * max(lengths[i] for i in b) for b in batches(lengths, 8, 0, 0))
     print(f"{parts.split}: {len(parts.train)} train, {len(parts.val)} val, {len(parts.test)} test",
-          *parts.notes, marker_note(tokenizer, args.template) or "", sep="\n")
+          *parts.notes, "", sep="\n")
     print(f"{min(lengths)} to {max(lengths)} ids; {cut} cut, {len(examples) - len(kept)} dropped")
     print(f"padding in batches of 8: {1 - sum(lengths) / padded:.1%}\n")
     print(f"{tokenizer.decode(first[:n])}>>>{tokenizer.decode(first[n:])}<<<")

@@ -49,7 +49,8 @@ def append_records(path, records):
 
 def complete(model, tokenizer, prompts, max_new_tokens):
     """[(greedy continuation, was it cut off)]; ("", True) where there is no room."""
-    from gpt import generate
+    from gpt import generate, keep_freed_memory
+    keep_freed_memory()
     ids = [tokenizer.encode_ordinary(prompt) for prompt in prompts]
     rooms = [min(max_new_tokens, model.config.block_size - len(prompt)) for prompt in ids]
     fit = [prompt for prompt, room in zip(ids, rooms) if room > 0]
@@ -99,7 +100,7 @@ def word_scores(prediction, reference):
     """Token F1 (SQuAD, arXiv 1606.05250; articles kept) and ROUGE-L F1 (Lin 2004); 0 to 1."""
     p, r = words(prediction), words(reference)
     common = sum(min(p.count(word), r.count(word)) for word in set(p))
-    row = [0] * (len(r) + 1)  # row[j]: longest common subsequence of p so far and r[:j]
+    row = [0] * (len(r) + 1)  # longest common subsequences with r[:j]
     for word in p:
         above = row[:]
         for j, other in enumerate(r):
@@ -346,7 +347,7 @@ def answer_run(name, data, template, text, device):
         raise ValueError(f"{name} is a model: --data says what to answer")
     parts = load_parts(data, info["data"]["split"])
     examples, limit = parts.test, info["train"].get("max_new_tokens", 256)
-    if sha256 is None:  # "model": one of the same name answers otherwise
+    if sha256 is None:  # "model": another may have its name
         folder = Path("runs", f"{folder.resolve().name}-base")
         folder.mkdir(parents=True, exist_ok=True)
         mark = {"model": digest(model, template)}

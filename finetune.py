@@ -31,15 +31,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from data import (DATASETS, TEMPLATES, batches, collate, copy_tokenizer, encode_examples,
-                  load_parts, marker_note)
+from data import (DATASETS, TEMPLATES, batches, chunks, collate, copy_tokenizer, encode_examples,
+                  load_parts, n_targets, share_beginnings)
 from evaluate import exact_match, generate_responses, plot_losses, read_records
 from freeze import ADAPTER, FreezeError, digests, freeze, resolve, schedule, whole
 from gpt import (PUBLISHED, choose_attention, choose_device, keep_freed_memory, load_model, locate,
                  read_config, read_json, replacing, use_onednn, write_json)
 from lora import add_lora, save_lora
 
-HEAD_ROWS = 1024  # positions whose logits are in memory at once
+HEAD_ROWS = 1024  # in one part
 CHECKPOINT_SECONDS = 600  # without --checkpoint-every
 SETTINGS = """out resume overwrite eval_every checkpoint_every no_responses device
     recompute""".split()  # may differ on --resume
@@ -50,7 +50,7 @@ say = partial(print, flush=True)
 
 @dataclass(frozen=True)
 class Machine:
-    """Where this process computes, and which it is."""
+    """This process, and its device."""
     device: torch.device
     dtype: torch.dtype  # of products; weights are float32
     rank: int = 0
@@ -61,58 +61,54 @@ class Machine:
 
 @dataclass
 class Job:
-    """One run: what it learns, how, on what, where to, and how far it is."""
+    """A run, and how far it is."""
     out: Path
     record: dict  # the head of run.json
     recipe: argparse.Namespace  # its flags
     machine: Machine
     train: list
     val: list
-    positions: list[int]  # of train in its file
-    order: list[tuple[int, list[int]]]  # epoch, indices of every step
-    spans: list[tuple[int, str]]  # (first step, policy)
-    prefix: tuple[int, dict] | None = None  # a block, and what enters it
+    positions: list  # of train in its file
+    order: list  # (epoch, indices) of every step
+    spans: list  # (first step, policy)
+    prefix: tuple | None = None  # a block, and what enters it
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    losses: list[float] = field(default_factory=list)  # of the latest steps
+    losses: list = field(default_factory=list)  # of the latest steps
     val_loss: float = math.nan
-    proofs: list[dict] = field(default_factory=list)
+    proofs: list = field(default_factory=list)
     logged: int = 0  # bytes of metrics.jsonl
     saved: float = field(default_factory=time.monotonic)  # the last checkpoint
 
-def n_targets(batch, loss_on):
-    """Supervised tokens."""
-    return sum(len(e.ids) - (e.n_prompt if loss_on == "response" else 1) for e in batch)
-
-def loss_sum(model, batch, loss_on, machine, prefix=None):
+def loss_sum(model, batch, job):
     """Cross-entropy in nats, summed over the supervised tokens. The head sees these alone, in
-    parts: all logits would be the largest tensor of a step."""
-    inputs, targets = collate(batch, loss_on)  # (B, T)
-    wanted = (targets.flatten() != -100).nonzero()[:, 0]  # (N,); on the CPU no GPU waits
-    choose_attention(machine.device, inputs.shape[1])
-    with machine.autocast():
-        if prefix:
-            first, known = prefix
-            x = nn.utils.rnn.pad_sequence([known[id(e)] for e in batch], batch_first=True)
-            hidden = model.ln_f(model.run_blocks(x.to(machine.device), first))
-        else:
-            hidden = model.features(inputs.to(machine.device))
-        hidden = hidden.flatten(0, 1)[wanted.to(machine.device)]  # (B, T, C) -> (N, C)
-        targets = targets.flatten()[wanted].to(machine.device)
+    parts, as logits are large."""
+    device, (first, known), tree = job.machine.device, job.prefix or (0, None), None
+    x, targets = collate(batch, job.recipe.loss_on)  # (B, T)
+    wanted = (targets.flatten() != -100).nonzero()[:, 0]  # (M,); on the CPU no GPU waits
+    targets = targets.flatten()[wanted].to(device)
+    choose_attention(x.shape[1])
+    if device.type == "cpu" and not job.recipe.compile:
+        tree = share_beginnings(batch, model.config.n_embd, job.machine.dtype)
+    if known:
+        x = nn.utils.rnn.pad_sequence([known[id(e)] for e in batch], True)  # (B, T, C)
+    if tree:
+        x, wanted = x.flatten(0, 1)[tree.kept][None], tree.place[wanted]
+    x, wanted = x.to(device), wanted.to(device)
+    with job.machine.autocast():
+        hidden = model.ln_f(model.run_blocks(x, first, None, tree)) if known else (
+            model.features(x, tree))
+        hidden = hidden.flatten(0, 1)[wanted]  # (M, C)
         loss = lambda h, t: F.cross_entropy(model.lm_head(h).float(), t, reduction="sum")
         part = partial(checkpoint, loss, use_reentrant=False) if len(wanted) > HEAD_ROWS else loss
         return sum(map(part, hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS)))
-
-def chunks(encoded, size):
-    order = sorted(encoded, key=lambda e: len(e.ids))
-    return [order[i:i + size] for i in range(0, len(order), size)]
 
 @torch.no_grad()
 def mean_loss(model, job):
     """Loss per supervised token of the validation part."""
     model.eval()
-    total = sum(float(loss_sum(model, chunk, job.recipe.loss_on, job.machine, job.prefix))
+    total = sum(float(loss_sum(model, chunk, job))
                 for chunk in chunks(job.val, job.recipe.batch_size))
     if hasattr(model, "reshard"):
         model.reshard()  # the outermost are whole after forward
@@ -153,7 +149,7 @@ def build_optimizer(model, plan, recipe, before):
     for name, p in model.named_parameters():
         if p.requires_grad:
             rate = recipe.lr * recipe.lr_decay ** max(0, n - 1 - block_of(name, n))
-            rate *= 10 if mixed and ADAPTER.search(name) else 1  # as adapters beside weights want
+            rate *= 10 if mixed and ADAPTER.search(name) else 1
             groups.setdefault((rate, recipe.weight_decay if p.dim() > 1 else 0.0), []).append(p)
     optimizer = torch.optim.AdamW([{"params": ps, "peak": rate, "weight_decay": decay}
                                    for (rate, decay), ps in groups.items()], fused=True)
@@ -177,8 +173,7 @@ def train(model, plan, optimizer, first, end, job, noted):
         share, n, loss = batch[machine.rank::machine.world], n_targets(batch, recipe.loss_on), 0.0
         for i in range(0, math.ceil(len(batch) / machine.world), recipe.batch_size):
             part = share[i:i + recipe.batch_size]  # empty: a row times 0, to join the sums
-            part_loss = loss_sum(model, part or batch[:1], recipe.loss_on, machine, job.prefix)
-            part_loss = part_loss * bool(part) / n
+            part_loss = loss_sum(model, part or batch[:1], job) * bool(part) / n
             part_loss.backward()
             loss = loss + part_loss.detach()
         late = time.monotonic() - job.saved > CHECKPOINT_SECONDS
@@ -204,12 +199,11 @@ def train(model, plan, optimizer, first, end, job, noted):
         job.seconds += time.perf_counter() - began
         job.losses = (job.losses + [loss])[-recipe.eval_every:]
         validated = job.step == total or job.step % recipe.eval_every == 0
-        if not math.isfinite(loss + norm):
-            raise ArithmeticError(f"step {job.step}: loss {loss}, gradient {norm}; lower --lr")
+        found = {"loss": loss, "gradient": norm}
         if validated:
-            job.val_loss = mean_loss(model, job)
-            if not math.isfinite(job.val_loss):
-                raise ArithmeticError(f"step {job.step}: val loss {job.val_loss}; lower --lr")
+            job.val_loss = found["val loss"] = mean_loss(model, job)
+        if not math.isfinite(sum(found.values())):
+            raise ArithmeticError(f"step {job.step}: {found}; lower --lr")
         log(job, epoch + 1, loss, rate, norm, indices, validated)
         due = job.step % recipe.checkpoint_every == 0 if recipe.checkpoint_every else late
         if stop or due and job.step < total:
@@ -221,7 +215,7 @@ def train(model, plan, optimizer, first, end, job, noted):
             raise InterruptedError
 
 def compile_training(block):
-    """For training alone: validation, answers and single rows would each be compiled anew."""
+    """For training alone: validation, answers, single rows would be compiled anew."""
     plain, fast = block.forward, torch.compile(block.forward, dynamic=True)
     block.forward = lambda x, cache=None: (
         fast(x) if torch.is_grad_enabled() and len(x) > 1 else plain(x, cache))
@@ -231,6 +225,8 @@ def train_in_spans(model, job, saved, noted):
     optimizer, ends = None, [first for first, _ in job.spans[1:]] + [len(job.order)]
     for (first, policy), end in list(zip(job.spans, ends))[len(job.proofs):]:
         plan = freeze(model, policy)
+        if model.wte.weight.requires_grad:  # its gradient is large
+            keep_freed_memory()
         optimizer = build_optimizer(model, plan, job.recipe, optimizer)
         if saved:
             put_back(saved, model, plan, optimizer)
@@ -269,8 +265,8 @@ def log(job, epoch, loss, rate, norm, indices, validated):
         say(text)
 
 def save_checkpoint(job, model, plan, optimizer):
-    """Write what has trained to checkpoint.pt, whole or not at all, its sha256 at the end; the one
-    before becomes checkpoint.prev.pt. Every process calls this."""
+    """Write what has trained, then its sha256, whole or not at all; the checkpoint before becomes
+    checkpoint.prev.pt. Every process calls this."""
     trained = set(plan.trainable).union(*(proof["trainable"] for proof in job.proofs))
     named = {name: p for name, p in model.named_parameters() if name in trained}
     gather = lambda tensors: {key: whole(t.detach()).cpu() for key, t in tensors.items()}
@@ -300,8 +296,8 @@ def load_checkpoint(job, model):
             vars(job).update(saved["state"])
             os.truncate(job.out / "metrics.jsonl", job.logged)  # later steps are taken again
             return saved
-        say(f"note     {path} is damaged and passed over")
-        path.unlink(missing_ok=True)  # lest it take the place of the one before
+        say(f"note     {path} is damaged, passed over")
+        path.unlink(missing_ok=True)  # not to be kept as prev
     raise FileNotFoundError(f"--resume: no intact checkpoint in {job.out}; start anew: --overwrite")
 
 def put_back(saved, model, plan, optimizer):
@@ -333,7 +329,7 @@ def join_processes(device, dtype):
         return Machine(place, chosen)
     if cuda:
         torch.cuda.set_device(place)
-    dist.init_process_group("nccl" if cuda else "gloo")
+    dist.init_process_group()
     if dist.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")
     return Machine(place, chosen, dist.get_rank(), world)
@@ -378,8 +374,7 @@ def prepare(flags, parts, model, tokenizer, machine):
     dropped = len(records + parts.val) - len(train_set + val_set)
     cut = sum(e.ids[-1] != tokenizer.eot_token for e in train_set + val_set)
     lost = f"at --max-length {how[1]} {dropped} records lose their answer, {cut} are cut"
-    notes = [*parts.notes, marker_note(tokenizer, recipe.template), (dropped or cut) and lost]
-    for note in filter(None, notes):
+    for note in filter(None, [*parts.notes, (dropped or cut) and lost]):
         say(f"note     {note}")
     data = {"name": recipe.data, "sha256": parts.sha256, "split": parts.split,
             "rows": parts.rows, "used": len(train_set), "dropped": dropped, "truncated": cut}
@@ -399,9 +394,8 @@ def prepare(flags, parts, model, tokenizer, machine):
 
 def lowest_trained(model, job):
     """The lowest block that trains in any span; ValueError for a flag without effect."""
-    recipe, names = job.recipe, set()
-    for policy in {policy for _, policy in job.spans}:
-        names |= resolve(model, policy)
+    recipe, policies = job.recipe, {policy for _, policy in job.spans}
+    names = set().union(*(resolve(model, policy) for policy in policies))
     layer = max(0, min(block_of(name, model.config.n_layer) for name in names))
     idle = {"lora-r": recipe.lora_r and not any(map(ADAPTER.search, names)),
             "cache-prefix": recipe.cache_prefix and layer == 0,
@@ -453,10 +447,11 @@ def run(args):
         f"model    {args.model} on {machine.device} in {job.recipe.dtype}, lr {job.recipe.lr:g}"
         + "; compiling slowly" * args.compile)
 
-    keep_freed_memory()
-    if not args.compile:  # it wants the setting's old name
+    cpu = machine.device.type == "cpu"
+    if cpu and not args.compile:  # it wants the setting's old name
         use_onednn()
     model.to(machine.device)
+    model.wte.sparse = cpu and model.config.tie_word_embeddings  # few rows, added to the head's
     for block in model.h:
         if args.recompute:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
@@ -479,7 +474,7 @@ def run(args):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for module in (*model.h, model) if args.fsdp else ():
         module.set_reshard_after_forward(False)
-        module.unshard()  # whole again, in every process
+        module.unshard()  # whole again
     if machine.world > 1:
         dist.barrier()
     if machine.rank == 0:
@@ -534,6 +529,10 @@ def parse_args(argv=None):
     add("--model", default="tiny", help="a model, a run, tiny, gpt2, ...")
     add("--data", default="tiny", help="a file, a folder of parts, tiny, book, alpaca")
     add("--out", help="run folder (runs/MODEL-POLICY)")
+    add("--template", choices=TEMPLATES, default="alpaca", help="of prompts (alpaca)")
+    add("--loss-on", choices=["response", "all"], default="response", help="(response)")
+    add("--max-length", type=int, help="tokens of an example (all that fit)")
+    add("--max-examples", type=int, help="train on the first so many")
     add = group("which weights").add_argument
     add("--trainable", help="policy: all, last_block, lora,norms, ... (all)")
     add("--lora-r", type=int, help="rank of adapters to add")
@@ -542,11 +541,6 @@ def parse_args(argv=None):
     add("--lora-dropout", type=float, default=0.0, help="on the adapters' input (0)")
     add("--rslora", **switch, help="scale by alpha / sqrt(r)")
     add("--untie-head", **switch, help="give the head its own copy")
-    add = group("data").add_argument
-    add("--template", choices=TEMPLATES, default="alpaca", help="of prompts (alpaca)")
-    add("--loss-on", choices=["response", "all"], default="response", help="(response)")
-    add("--max-length", type=int, help="tokens of an example (all that fit)")
-    add("--max-examples", type=int, help="train on the first so many")
     add = group("optimization").add_argument
     add("--epochs", type=int, help="passes over the data (auto)")
     add("--batch-size", type=int, help="of a micro-batch (auto)")

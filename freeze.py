@@ -1,8 +1,8 @@
 """Which parameters of a model train, and the proof that these and no others did.
 
-A policy such as "last:2" or "lora,norms" becomes an exact set of parameters, or an error. The plan
-then checks model, optimizer, gradients and finally every byte (by sha256) against it. Any PyTorch
-model will do: blocks, norms, embeddings and head are found by type.
+A policy ("last:2", "lora,norms") becomes an exact set of parameters, or an error. The plan then
+checks model, optimizer, gradients and finally every byte (sha256) against it. Any PyTorch model
+will do: blocks, norms, embeddings and head are found by type.
 
     plan = freeze(model, "last:2")  # loaded, on its device
     optimizer = torch.optim.AdamW(plan.parameters(), lr=5e-5)
@@ -33,7 +33,7 @@ SAME = {"all": "*", "last_block": "last:1", "last_two_blocks": "last:2", "last_l
 COMMA = re.compile(r",(?!\s*\d+(?:-\d+)?\s*(?:,|$))")  # not the one in blocks:0,2
 ADAPTER = re.compile(r"\blora_")  # in parameters' names, ours and PEFT's
 SET_MODES = "call plan.set_modes(model) after model.train()"
-is_norm = lambda module: "norm" in type(module).__name__.lower()  # LayerNorm, RMSNorm, ...
+is_norm = lambda module: "norm" in type(module).__name__.lower()
 
 class FreezeError(RuntimeError):
     """What trains, or what has changed, is not what the policy says."""
@@ -51,7 +51,7 @@ def find_stacks(model):
     top = max(lists, key=len, default=[])
     return [names for names in lists if len(names) == len(top) or kind(names) is kind(top)]
 
-def find_blocks(model: nn.Module) -> list[str]:
+def find_blocks(model):
     """Names of the blocks, from the input up, or []; ValueError if there are two stacks."""
     blocks, *others = find_stacks(model) or [[]]
     if others:
@@ -78,7 +78,7 @@ def matching(model, term, names):
              "embeddings": lambda n: isinstance(module_of(n), nn.Embedding), "lora": ADAPTER.search}
     if term in kinds:
         return set(filter(kinds[term], names if term == "lora" else base))
-    if term == "head":  # what get_output_embeddings gives, else the last linear outside the blocks
+    if term == "head":  # get_output_embeddings(), else the last linear outside the blocks
         output = getattr(model, "get_output_embeddings", lambda: None)()
         blocks = tuple(f"{block}." for stack in find_stacks(model) for block in stack)
         heads = [n for n, m in model.named_modules() if m is output or output is None and not
@@ -96,7 +96,7 @@ def matching(model, term, names):
         return {n for n in names if fnmatchcase(n, term)}
     raise ValueError(f"{term!r} is unknown; there are {TERMS}; in finetune.py gradual:K, lisa:K@N")
 
-def resolve(model: nn.Module, policy: str) -> set[str]:
+def resolve(model, policy):
     """Names in model.named_parameters() of what `policy` trains; ValueError if it is wrong.
     Shared memory goes by its first name: `embeddings` trains a tied head, `head` is refused."""
     named, trainable = dict(model.named_parameters(remove_duplicate=False)), set()
@@ -120,7 +120,7 @@ def resolve(model: nn.Module, policy: str) -> set[str]:
         raise ValueError(f"{policy!r} trains nothing")
     return trainable & dict(model.named_parameters()).keys()
 
-def schedule(policy: str, n_blocks, steps, steps_per_epoch, seed):
+def schedule(policy, n_blocks, steps, steps_per_epoch, seed):
     """Cut a policy that changes with time into static ones: [(first step, policy), ...].
     gradual:K: the last norm, K blocks from the top, one more each epoch (ULMFiT, arXiv 1801.06146);
     lisa:K@N: K blocks drawn anew every N steps (LISA, arXiv 2403.17919). Or ValueError."""
@@ -180,7 +180,7 @@ def refuse(names, what, remedy):
         more = f" and {len(names) - 5} more" * (len(names) > 5)
         raise FreezeError(f"{what}: {', '.join(names[:5])}{more}; {remedy}")
 
-def freeze(model: nn.Module, policy: str) -> "Plan":
+def freeze(model, policy):
     """Set requires_grad as `policy` says, clear gradients, record a sha256 of every tensor. The
     model must be complete: adapters, weights, device. ValueError for a wrong policy."""
     return Plan(model, policy, resolve(model, policy))
@@ -201,7 +201,7 @@ class Plan:
         self._places, self._resting = self._where(model), resting_modules(model)
         self._digests = digests(self._named | self._constants(model))
 
-    def parameters(self) -> list[nn.Parameter]:
+    def parameters(self):
         """For the optimizer, in the model's order."""
         return [p for n, p in self._named.items() if n in self._trains]
 
@@ -260,7 +260,7 @@ class Plan:
         self.checks["check_unchanged"] += 1
 
     @property
-    def proof(self) -> dict:
+    def proof(self):
         """What `resume` needs of a checkpoint, JSON-able."""
         return dict(policy=self.policy, fingerprint=self.fingerprint, digests=self._digests,
                     checks=dict(self.checks))
@@ -274,7 +274,7 @@ class Plan:
         self.checks += Counter(proof["checks"])
         self.check_unchanged(model, trained=False)
 
-    def summary(self) -> str:
+    def summary(self):
         """What trains, in parameters and bytes."""
         total = sum(p.numel() for p in self._named.values())
         trains = sum(p.numel() for p in self.parameters())
@@ -298,7 +298,7 @@ class Plan:
         changed = dict(digests(self._constants(model)).items() ^ self._digests.items())
         refuse(changed.keys() - self._named, "buffers changed", SET_MODES)
 
-def table(plan: Plan) -> str:
+def table(plan):
     """How much trains of each block, and of each module outside the blocks."""
     total, trains = Counter(), Counter()
     for name, p in plan._named.items():
@@ -321,7 +321,7 @@ def main(argv=None):
         if args.lora_r is not None:
             add_lora(model, r=args.lora_r)
         plan = freeze(model, args.trainable)
-    except (ImportError, OSError, ValueError) as error:  # ImportError: copied alone
+    except (ImportError, OSError, ValueError) as error:
         print("error:", *str(error).split(), file=sys.stderr)
         return 1
     print(table(plan), plan.summary(), sep="\n\n")

@@ -21,7 +21,7 @@ from urllib import request
 warnings.filterwarnings("ignore", "Failed.*NumPy")
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 @dataclass(frozen=True)
 class GPTConfig:
@@ -79,11 +79,11 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """Calling it gives logits; `features` stops before the head."""
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config):
         super().__init__()
         self.config = config
         V, C = config.vocab_size, config.n_embd
-        # nn.Embedding(V, C) draws weights; on "meta" that imports the compiler.
+        # nn.Embedding draws weights; on "meta" that imports the compiler
         self.wte = nn.Embedding.from_pretrained(torch.empty(V, C), freeze=False)
         self.wpe = nn.Embedding.from_pretrained(torch.empty(config.block_size, C), freeze=False)
         self.drop = nn.Dropout(config.dropout)
@@ -99,24 +99,24 @@ class GPT(nn.Module):
                 terms = 2 * config.n_layer if name.endswith("c_proj.weight") else 1
                 nn.init.normal_(p, std=0.02 / terms**0.5)
 
-    def embed(self, idx: Tensor, cache=None) -> Tensor:  # (B, T) int64 -> (B, T, C)
+    def embed(self, idx, cache=None):  # (B, T) int64 -> (B, T, C)
         T = idx.shape[1]
         positions = cache.advance(T) if cache else torch.arange(T, device=idx.device)
         return self.drop(self.wte(idx) + self.wpe(positions))
 
-    def run_blocks(self, x: Tensor, first=0, last=None, cache=None) -> Tensor:  # to last - 1
+    def run_blocks(self, x, first=0, last=None, cache=None):  # to last - 1
         for block in list(self.h)[first:last]:
             x = block(x, cache)
         return x
 
-    def features(self, idx: Tensor, cache=None) -> Tensor:  # (B, T) int64 -> (B, T, C)
+    def features(self, idx, cache=None):  # (B, T) int64 -> (B, T, C)
         return self.ln_f(self.run_blocks(self.embed(idx, cache), cache=cache))
 
-    def forward(self, idx: Tensor) -> Tensor:  # (B, T) int64 -> logits (B, T, V)
+    def forward(self, idx):  # (B, T) int64 -> logits (B, T, V)
         return self.lm_head(self.features(idx))
 
     @classmethod
-    def from_pretrained(cls, name_or_folder, dropout=0.0, tie_word_embeddings=None) -> "GPT":
+    def from_pretrained(cls, name_or_folder, dropout=0.0, tie_word_embeddings=None):
         """Load a Hugging Face folder, strictly, in float32; tie_word_embeddings=False unties it."""
         folder = model_folder(name_or_folder)
         config, tensors = read_config(folder), read_weights(folder)
@@ -191,10 +191,10 @@ def sample(logits, temperature=0.0, top_k=None, top_p=None, rng=None):
     return ids.gather(1, torch.multinomial(probs, 1, generator=rng))[:, 0]
 
 @torch.inference_mode()
-def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, *, eos_id=None,
-             temperature=0.0, top_k=None, top_p=None, seed=None) -> list[list[int]]:
-    """Continue prompts of different lengths in one batch; returns the new ids, without eos. A row
-    ends at eos_id, after max_new_tokens, or where block_size is full."""
+def generate(model, prompts, max_new_tokens, *, eos_id=None, temperature=0.0, top_k=None,
+             top_p=None, seed=None):
+    """Continue prompts, lists of ids, in one batch; returns lists of the new ids, without eos. A
+    row ends at eos_id, after max_new_tokens, or where block_size is full."""
     if not prompts:
         return []
     block_size, device = model.config.block_size, model.wte.weight.device
@@ -221,7 +221,7 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, *, eos_i
         x = x[rows, length - len(shared) - 1]  # (B, C) of each last id
         cache.length = length
         cache.positions[cache.positions >= length[:, None]] = block_size  # padding
-        while rows:  # each gets an id; those that have ended leave
+        while rows:  # each gets an id; the ended leave
             ids = sample(model.lm_head(x), temperature, top_k, top_p, rng)  # (B,)
             for row, token in zip(rows, ids.tolist()):
                 answers[row].append(token)
@@ -248,7 +248,7 @@ HINTS = {"adapter*": "; an adapter: merge it first (lora.py merge)",
          "*.bin": "; a pickle: save it again by transformers",
          "hparams.json": "; OpenAI's TensorFlow files: take gpt2"}
 
-def model_folder(name) -> Path:
+def model_folder(name):
     """The model folder of a name (downloaded once), a folder, or a run without adapter."""
     folder = Path(name)
     if name == "tiny":
@@ -317,7 +317,7 @@ def read_weights(folder):
             tensors[name] = (t.t().contiguous() if name.endswith(CONV1D) else t).float()
     return tensors
 
-def read_safetensors(path) -> dict[str, Tensor]:
+def read_safetensors(path):
     """Name -> tensor, on the CPU. ValueError for another kind of file."""
     tensors = {}
     try:
@@ -337,8 +337,8 @@ def read_safetensors(path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: no safetensors file (git lfs pull?): {error}") from None
     return tensors
 
-def write_safetensors(path, tensors: dict[str, Tensor]):
-    """Write tensors of any layout and device, whole or not at all."""
+def write_safetensors(path, tensors):
+    """Write named tensors of any layout and device, whole or not at all."""
     codes = {dtype: code for code, dtype in DTYPES.items()}
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, t in tensors.items():
@@ -412,22 +412,22 @@ def choose_device(name):
     except (RuntimeError, AssertionError):
         raise ValueError(f"--device {name}: not here; try auto, cpu, cuda:1, mps") from None
 
-def choose_attention(device, length):
-    """On CPUs where oneDNN multiplies, up to 1.75 times as fast without flash on short texts."""
+def choose_attention(length):
+    """Where oneDNN multiplies, up to 1.75 times as fast without flash on short texts."""
     onednn = torch.backends.mkldnn.matmul.fp32_precision == "bf16"
-    short = device.type == "cpu" and length <= 256
-    torch.backends.cuda.enable_flash_sdp(not (short and onednn))
+    torch.backends.cuda.enable_flash_sdp(length > 256 or not onednn)
 
 def keep_freed_memory():
-    """glibc would give it back after each step; oneDNN would keep some for each text length."""
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "24")
-    os.environ.setdefault("LRU_CACHE_CAPACITY", "1")
+    """glibc would give it back after each step."""
     if mallopt := getattr(ctypes.pythonapi, "mallopt", None):
         mallopt(-3, 1 << 30) or mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD; old glibc: 32 MiB
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: none
 
 def use_onednn():
-    """Asked for bf16, torch takes oneDNN: on AMD 2 x MKL. Undone where it rounds (AMX, Arm)."""
+    """Asked for bf16, torch takes oneDNN: on AMD 2 x MKL, with memory for each text length. Undone
+    where it rounds (AMX, Arm)."""
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "24")
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "1")
     matmul = torch.backends.mkldnn.matmul
     matmul.fp32_precision = "bf16"
     x = torch.full((256, 256), 1 + 2**-12)  # 1 in bf16

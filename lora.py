@@ -82,7 +82,7 @@ def _holders(model, name):
         raise ValueError(f"no adapter {name!r}")
     return found
 
-def add_lora(model: nn.Module, r=8, alpha=16, targets=("c_attn", "c_proj", "c_fc"), dropout=0.0,
+def add_lora(model, r=8, alpha=16, targets=("c_attn", "c_proj", "c_fc"), dropout=0.0,
              rslora=False, name="default"):
     """Add an adapter and make it active; untrained it changes nothing (B = 0). targets: suffixes
     of module names (attn.c_proj) or patterns with *. ValueError for one that hits nothing or
@@ -95,7 +95,7 @@ def add_lora(model: nn.Module, r=8, alpha=16, targets=("c_attn", "c_proj", "c_fc
     for layer in layers:
         nn.init.kaiming_uniform_(layer.lora_A[name], a=5**0.5)
 
-def use_lora(model, name: str | None | list[str | None]):
+def use_lora(model, name):
     """Activate an adapter, None (the base), or a list, one per row. ValueError: there is none."""
     for n in set(name if isinstance(name, list) else [name]) - {None}:
         _holders(model, n)
@@ -106,15 +106,10 @@ def use_lora(model, name: str | None | list[str | None]):
 @torch.no_grad()
 def merge_lora(model, name="default", weight=1.0):
     """W += weight s B A, summed in float64. Other adapters stay; a layer without any is nn.Linear
-    again. ValueError, with nothing changed, for an unknown adapter or a sum that is not finite."""
-    merged = {}
-    for n, m in _holders(model, name).items():  # float64, CPU: no autocast, no TF32
+    again. ValueError for an unknown adapter."""
+    for m in _holders(model, name).values():  # float64, CPU: no autocast, no TF32
         W, A, B = (t.cpu().double() for t in (m.weight, m.lora_A[name], m.lora_B[name]))
-        merged[m] = (W + weight * m.scale(name) * B @ A).to(m.weight.dtype)
-        if not merged[m].isfinite().all():
-            raise ValueError(f"merging {name!r} would make {n}.weight NaN or inf")
-    for m, W in merged.items():
-        m.weight.copy_(W)
+        m.weight.copy_(W + weight * m.scale(name) * B @ A)
         del m.lora_A[name], m.lora_B[name], m.configs[name]
         if not m.configs:
             del m.lora_A, m.lora_B, m.configs, m.active
@@ -125,7 +120,7 @@ def lora_state_dict(model, name="default"):
     return {f"{n}.{kind}.{name}": getattr(m, kind)[name].detach()
             for n, m in _holders(model, name).items() for kind in ("lora_A", "lora_B")}
 
-# Options that are read below, or have no effect; no other may be set.
+# Options read below, or without effect; no other may be set.
 KNOWN = """peft_type task_type base_model_name_or_path r lora_alpha lora_dropout target_modules
     use_rslora bias init_lora_weights fan_in_fan_out inference_mode auto_mapping peft_version
     megatron_core qalora_group_size""".split()
@@ -163,8 +158,8 @@ def _read_adapter(folder):
     return config, read_safetensors(weights)
 
 def load_lora(model, folder, name="default"):
-    """Add a PEFT folder's adapter and make it active. ValueError, with nothing changed, for options
-    that we do not have, layers that cannot be adapted, tensors that do not fit."""
+    """Add a PEFT folder's adapter and make it active. ValueError, with nothing changed, for other
+    options, layers that cannot be adapted, tensors that do not fit."""
     config, tensors = _read_adapter(folder)
     targets, shapes, r = config["target_modules"], {}, config["r"]
     if isinstance(targets, str):

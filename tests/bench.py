@@ -6,7 +6,6 @@ take turns, each in a fresh process, one at a time; a row gives the median of th
 their range. Weights are random, of GPT-2 small's shape; records are made, as long as the book's.
 
     python tests/bench.py                            # every row, as a Markdown table
-    python tests/bench.py --only full,lora --steps 50
     python tests/bench.py --ablate                   # each remedy switched off, one at a time
     python tests/bench.py --quick --layers 1         # does every line run? The numbers say nothing
 """
@@ -97,9 +96,9 @@ def ours(steps, folder, data, policy, flags=(), size=8, device="cpu", without=No
 
 def switch_off(remedy):
     """Do without a remedy; an error where what does it has another name now."""
-    def all_logits(model, batch, loss_on, machine, prefix=None):
-        inputs, targets = collate(batch, loss_on)
-        finetune.choose_attention(machine.device, inputs.shape[1])
+    def all_logits(model, batch, job):
+        inputs, targets = collate(batch, job.recipe.loss_on)
+        finetune.choose_attention(inputs.shape[1])
         return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), reduction="sum")
 
     file_order = lambda lengths, size, *_: [
@@ -111,6 +110,7 @@ def switch_off(remedy):
                "products": mock.patch("finetune.use_onednn", lambda: None),
                "flash": mock.patch("finetune.choose_attention", lambda *args: None),
                "head": mock.patch("finetune.loss_sum", all_logits),
+               "tree": mock.patch("finetune.share_beginnings", lambda *args: None),
                "lengths": mock.patch("finetune.batches", file_order),
                "fused": mock.patch("torch.optim.AdamW", lambda groups, fused: AdamW(groups))}
     if remedy in patches:

@@ -15,6 +15,7 @@ import tiktoken
 import torch
 
 import data
+import gpt
 from data import Encoded, batches, collate, encode_example, encode_examples, format_prompt
 from data import load_examples, load_parts, load_tokenizer, split_examples, to_example
 
@@ -278,18 +279,31 @@ def test_a_cut_example_has_no_end_token_and_one_cut_to_its_prompt_is_left_out(to
     kept = [encode_example(examples[i], tokenizer, "plain", 9) for i in (0, 2, 4)]
     assert encode_examples(examples, tokenizer, "plain", max_length=9) == (kept, [0, 2, 4])
 
-def test_control_tokens_spelled_in_data_or_template_stay_text_and_markers_are_named(tokenizer):
+def test_control_tokens_spelled_in_data_or_template_stay_text(tokenizer):
     example = {"instruction": f"Say {EOT}", "input": EOT, "output": f"{EOT} no"}
     encoded = encode_example(example, tokenizer)
     assert encoded.ids.count(256) == 1 and encoded.ids[-1] == 256
     assert bytes(encoded.ids[encoded.n_prompt : -1]) == f"{EOT} no".encode()
-    assert data.marker_note(tokenizer, "chatml") is None
     special = {EOT: 256, "<|im_end|>": 257, "<|im_start|>": 258, "<|user|>": 259}
     chat = tiktoken.Encoding("chat", pat_str=tokenizer._pat_str, special_tokens=special,
                              mergeable_ranks=tokenizer._mergeable_ranks)
-    assert "chatml, <|im_end|>, <|im_start|> stays text" in data.marker_note(chat, "chatml")
-    assert data.marker_note(chat, "alpaca") is None
     assert max(encode_example(NO_INPUT, chat, "chatml").ids) == 256
+
+def test_what_records_begin_with_alike_stands_once_and_sees_what_it_saw():
+    """In two, in all; one that is all of another's beginning, one twice; with the end in it."""
+    torch.manual_seed(0)
+    model, ends = gpt.GPT(gpt.GPTConfig(20, 16, 2, 2, 32)), [[1, 2], [1, 3, 3], [1, 2], [9] * 9, []]
+    batch = [Encoded([7, 7, *end, 9], 2) for end in ends]
+    (inputs, _), tree = collate(batch), data.share_beginnings(batch, 32, torch.float32)
+    before = {tuple(e.ids[:n]) for e in batch for n in range(1, len(e.ids))}
+    assert inputs.flatten()[tree.kept].tolist().count(7) == 2 and len(tree.kept) == len(before)
+    row = model.features(inputs.flatten()[tree.kept][None], tree)[0]  # (N, C)
+    for e, places in zip(batch, tree.place.view(inputs.shape)):
+        alone = model.features(torch.tensor([e.ids[:-1]]))[0]
+        torch.testing.assert_close(row[places[:len(alone)]], alone, rtol=0, atol=1e-5)
+    other = [Encoded([*range(23), *range(i, i + 35)], 2) for i in range(100, 3300, 50)]
+    worth = [bool(data.share_beginnings(other, C, torch.half)) for C in (1452, 1453)]
+    assert worth == [False, True]  # N = 2199, B T = 3648: three quarters at 1452.4
 
 def test_collate_gives_these_inputs_and_targets_and_the_book_s_with_the_loss_on_all():
     batch = [Encoded([1, 2, 3, 4, 9], 2), Encoded([5, 6, 9], 1)]

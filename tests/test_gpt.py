@@ -464,11 +464,9 @@ def test_the_device_is_chosen_by_name_and_by_what_is_there(monkeypatch):
     assert asked == ["cuda:3", "cuda:3", "cuda:1", "gpu"]
 
 def test_where_onednn_multiplies_short_texts_on_a_cpu_go_without_the_flash_kernel():
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    for precision, *given, flash in (("none", cpu, 100, True), ("bf16", cpu, 256, False),
-                                     ("bf16", cpu, 257, True), ("bf16", cuda, 100, True)):
-        torch.backends.mkldnn.matmul.fp32_precision = precision
-        gpt.choose_attention(*given)
+    for torch.backends.mkldnn.matmul.fp32_precision, length, flash in (
+            ("none", 100, True), ("bf16", 256, False), ("bf16", 257, True)):
+        gpt.choose_attention(length)
         assert torch.backends.cuda.flash_sdp_enabled() == flash
 
 def test_freed_memory_is_kept_by_glibc_and_onednn_and_the_user_s_limits_win(monkeypatch):
@@ -478,6 +476,7 @@ def test_freed_memory_is_kept_by_glibc_and_onednn_and_the_user_s_limits_win(monk
     for library in (type("Glibc", (), {"mallopt": old_glibc}), object()):  # musl has none
         monkeypatch.setattr(gpt.ctypes, "pythonapi", library)
         gpt.keep_freed_memory()
+    gpt.use_onednn()
     assert calls == [(-3, 1 << 30), (-3, 32 << 20), (-1, -1)]
     assert gpt.os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "24"
     assert gpt.os.environ["LRU_CACHE_CAPACITY"] == "7"

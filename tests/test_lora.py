@@ -18,8 +18,7 @@ TINY = GPTConfig(vocab_size=61, block_size=24, n_layer=2, n_head=2, n_embd=16)
 IDS = torch.randint(0, 61, (4, 9), generator=torch.Generator().manual_seed(7))
 ALL = ["c_attn", "c_proj", "c_fc"]
 
-def random_model(seed=0, tied=True):
-    """Weights far from their init, so that no term of the forward pass is invisible."""
+def random_model(seed=0, tied=True):  # far from the init: each term of the pass is visible
     torch.manual_seed(seed)
     model = GPT(replace(TINY, tie_word_embeddings=tied)).eval()
     with torch.no_grad():
@@ -141,20 +140,6 @@ def test_each_row_of_a_mixed_batch_has_the_logits_and_gradients_of_its_adapter_a
             if "lora_" in n:
                 torch.testing.assert_close(grads[n], p.grad, rtol=1e-4, atol=1e-5)
 
-def test_adapters_of_a_mixed_batch_draw_their_dropout_in_the_order_they_were_added():
-    model, plain, _, _ = one_layer()
-    for seed, name in enumerate("ba"):
-        trained(model, name, seed, dropout=0.5, targets=["0"])
-    x, layer = torch.randn(2, 6), model.train()[0]
-    for rows in (["a", "b"], ["b", "a"]):
-        use_lora(model, rows)
-        torch.manual_seed(3)
-        y = model(x)
-        torch.manual_seed(3)
-        for name in "ba":
-            i, A, B = rows.index(name), layer.lora_A[name], layer.lora_B[name]
-            torch.testing.assert_close(y[i], plain(x[i]) + 2 * F.dropout(x[i], 0.5) @ A.T @ B.T)
-
 def test_a_wrong_name_or_number_of_rows_is_a_value_error_and_switches_nothing():
     model = random_model()
     use_lora(model, None)
@@ -218,15 +203,6 @@ def test_adapters_are_float32_or_wider_output_keeps_its_dtype_and_merging_rounds
     assert model[0].weight.dtype == dtype
     error = (model[0].weight.double() - exact).abs()
     assert (error <= torch.finfo(dtype).eps * exact.abs() * 0.52 + 1e-9).all()
-
-@pytest.mark.parametrize("weight, bad", [(1.0, math.nan), (1.0, math.inf), (math.nan, 1.0)])
-def test_a_merge_that_is_not_finite_is_refused_and_changes_nothing(weight, bad):
-    model = trained(random_model())
-    lora_state_dict(model)["h.1.mlp.c_proj.lora_B.default"][0, 0] = bad
-    before = weights(model)
-    with pytest.raises(ValueError, match="would make h.*c_.*.weight NaN or inf"):
-        merge_lora(model, weight=weight)
-    torch.testing.assert_close(weights(model), before, rtol=0, atol=0, equal_nan=True)
 
 @pytest.mark.parametrize("base, recorded", [("base", "{}/base"), ("gpt2", "gpt2")])
 def test_the_config_says_what_peft_would_otherwise_guess(tmp_path, monkeypatch, base, recorded):
