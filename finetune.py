@@ -39,7 +39,7 @@ from gpt import (PUBLISHED, choose_attention, choose_device, keep_freed_memory, 
                  read_config, read_json, replacing, use_onednn, write_json)
 from lora import add_lora, save_lora
 
-HEAD_ROWS = 1024  # in one part
+HEAD_ROWS = 1024
 CHECKPOINT_SECONDS = 600  # without --checkpoint-every
 SETTINGS = """out resume overwrite eval_every checkpoint_every no_responses device
     recompute""".split()  # may differ on --resume
@@ -50,7 +50,7 @@ say = partial(print, flush=True)
 
 @dataclass(frozen=True)
 class Machine:
-    """This process, and its device."""
+    """This process, its device."""
     device: torch.device
     dtype: torch.dtype  # of products; weights are float32
     rank: int = 0
@@ -88,8 +88,8 @@ def loss_sum(model, batch, job):
     x, targets = collate(batch, job.recipe.loss_on)  # (B, T)
     wanted = (targets.flatten() != -100).nonzero()[:, 0]  # (M,); on the CPU no GPU waits
     targets = targets.flatten()[wanted].to(device)
-    choose_attention(x.shape[1])
     if device.type == "cpu" and not job.recipe.compile:
+        choose_attention(x.shape[1], job.machine.dtype)
         tree = share_beginnings(batch, model.config.n_embd, job.machine.dtype)
     if known:
         x = nn.utils.rnn.pad_sequence([known[id(e)] for e in batch], True)  # (B, T, C)
@@ -345,7 +345,7 @@ def shard(model, machine):
     register_fsdp_forward_method(model, "features")
 
 def fill_in(flags, model, machine):
-    """The flags, with defaults that depend on the model and paths that stay valid."""
+    """The flags, with defaults that depend on the model and lasting paths."""
     named = dict(model.named_parameters())
     small = sum(p.numel() for name, p in named.items() if not ADAPTER.search(name)) < 10_000_000
     policy = flags["trainable"] or ("lora" if any(map(ADAPTER.search, named)) else "all")
@@ -527,7 +527,7 @@ def parse_args(argv=None):
     group, switch = parser.add_argument_group, {"action": "store_true"}
     add = group("what").add_argument
     add("--model", default="tiny", help="a model, a run, tiny, gpt2, ...")
-    add("--data", default="tiny", help="a file, a folder of parts, tiny, book, alpaca")
+    add("--data", default="tiny", help="a file, a folder, tiny, book, alpaca")
     add("--out", help="run folder (runs/MODEL-POLICY)")
     add("--template", choices=TEMPLATES, default="alpaca", help="of prompts (alpaca)")
     add("--loss-on", choices=["response", "all"], default="response", help="(response)")
@@ -542,7 +542,7 @@ def parse_args(argv=None):
     add("--rslora", **switch, help="scale by alpha / sqrt(r)")
     add("--untie-head", **switch, help="give the head its own copy")
     add = group("optimization").add_argument
-    add("--epochs", type=int, help="passes over the data (auto)")
+    add("--epochs", type=int, help="passes (auto)")
     add("--batch-size", type=int, help="of a micro-batch (auto)")
     add("--grad-accum", type=int, default=1, help="micro-batches in a step (1)")
     add("--lr", type=float, help="peak learning rate (auto)")
@@ -557,7 +557,7 @@ def parse_args(argv=None):
     add = group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda:1, mps")
     add("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="of matrix products")
-    add("--compile", **switch, help="the blocks: slow start, then faster")
+    add("--compile", **switch, help="slow start, then faster")
     add("--cache-prefix", **switch, help="run the frozen lower blocks once")
     add("--recompute", **switch, help="activations, for less memory")
     add("--fsdp", **switch, help="with torchrun: shard the model")

@@ -98,7 +98,7 @@ def switch_off(remedy):
     """Do without a remedy; an error where what does it has another name now."""
     def all_logits(model, batch, job):
         inputs, targets = collate(batch, job.recipe.loss_on)
-        finetune.choose_attention(inputs.shape[1])
+        finetune.choose_attention(inputs.shape[1], job.machine.dtype)
         return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), reduction="sum")
 
     file_order = lambda lengths, size, *_: [
@@ -237,8 +237,7 @@ def pair(name, function, options, without) -> list[Row]:
 
 TWO_BLOCKS, HOW = {"policy": "last_two_blocks"} | CACHED, {"how": "ours", "size": 64}
 REMEDIES = {name: pair(name, ours, ALL, {"without": name}) for name in (
-    "mallopt", "caches", "products", "flash", "head", "lengths", "fused")} | {
-    "flash-tiny": pair("flash, tiny", ours, ALL | {"folder": "tiny"}, {"without": "flash"}),
+    "mallopt", "caches", "products", "flash", "tree", "head", "lengths", "fused")} | {
     "prefix": pair("--cache-prefix, two blocks", ours, TWO_BLOCKS, {"flags": []}),
     "shared": pair("shared beginning of prompts", generation, HOW, {"how": "unshared"}),
     "leaving": pair("leaving", generation, HOW | {"how": "leaving"}, {"how": "staying"})}
