@@ -86,10 +86,13 @@ def share_beginnings(encoded, n_embd, dtype):
     first = alike.argmax(1)  # (B, T): the first record that begins so
     own = (first == torch.arange(len(ids))[:, None]) & (ids >= 0)
     kept, T, C = own.flatten().nonzero()[:, 0], ids.shape[1], n_embd
-    row, time, N = kept // T, kept % T, len(kept)
+    n, N = len(kept), -(-len(kept) // 32) * 32  # whole tiles
+    kept = torch.nn.functional.pad(kept, (0, N - n))
+    row, time = kept // T, kept % T
     if N * (6 * C + N) > 0.75 * ids.numel() * (6 * C + T):
         return None
-    seen = alike[row[:, None], row, time] * (time <= time[:, None])  # (N, N)
+    seen = alike[row[:, None], row, time] * (time <= time[:, None])
+    seen[:, n:] = 0
     mask = seen.to(dtype).log()  # 0 or -inf
     place = (own.flatten().cumsum(0) - 1).view_as(ids).gather(0, first).flatten()
     return SimpleNamespace(kept=kept, place=place, advance=lambda T: time[None],

@@ -89,7 +89,7 @@ def loss_sum(model, batch, job):
     wanted = (targets.flatten() != -100).nonzero()[:, 0]  # (M,); on the CPU no GPU waits
     targets = targets.flatten()[wanted].to(device)
     if device.type == "cpu" and not job.recipe.compile:
-        choose_attention(x.shape[1], job.machine.dtype)
+        choose_attention(x.shape[1])
         tree = share_beginnings(batch, model.config.n_embd, job.machine.dtype)
     if known:
         x = nn.utils.rnn.pad_sequence([known[id(e)] for e in batch], True)  # (B, T, C)
@@ -531,27 +531,27 @@ def parse_args(argv=None):
     add("--out", help="run folder (runs/MODEL-POLICY)")
     add("--template", choices=TEMPLATES, default="alpaca", help="of prompts (alpaca)")
     add("--loss-on", choices=["response", "all"], default="response", help="(response)")
-    add("--max-length", type=int, help="tokens of an example (all that fit)")
-    add("--max-examples", type=int, help="train on the first so many")
+    add("--max-length", type=int, help="tokens an example (all that fit)")
+    add("--max-examples", type=int, help="the first so many")
     add = group("which weights").add_argument
     add("--trainable", help="policy: all, last_block, lora,norms, ... (all)")
-    add("--lora-r", type=int, help="rank of adapters to add")
+    add("--lora-r", type=int, help="rank of adapters")
     add("--lora-alpha", type=float, help="scale times rank (2 r)")
     add("--lora-targets", default="c_attn,c_proj,c_fc", help="suffixes (%(default)s)")
     add("--lora-dropout", type=float, default=0.0, help="on the adapters' input (0)")
-    add("--rslora", **switch, help="scale by alpha / sqrt(r)")
+    add("--rslora", **switch, help="alpha / sqrt(r)")
     add("--untie-head", **switch, help="give the head its own copy")
     add = group("optimization").add_argument
     add("--epochs", type=int, help="passes (auto)")
     add("--batch-size", type=int, help="of a micro-batch (auto)")
-    add("--grad-accum", type=int, default=1, help="micro-batches in a step (1)")
+    add("--grad-accum", type=int, default=1, help="micro-batches a step (1)")
     add("--lr", type=float, help="peak learning rate (auto)")
     add("--lr-decay", type=float, default=1.0, help="factor per block below the last (1)")
     add("--dropout", type=float, default=0.0, help="in the model (0)")
     add("--weight-decay", type=float, default=0.1, help="of matrices (0.1)")
-    add("--warmup", type=float, default=0.05, help="steps, or below 1 a share of them (0.05)")
+    add("--warmup", type=float, default=0.05, help="steps, or below 1 a share (0.05)")
     add("--schedule", choices=["linear", "cosine", "constant"], default="linear", help="(linear)")
-    add("--clip", type=float, default=1.0, help="largest gradient norm; 0: no limit (1)")
+    add("--clip", type=float, default=1.0, help="gradient norm; 0: no limit (1)")
     add("--seed", type=int, default=123, help="of order, adapters, dropout (123)")
     add("--max-steps", type=int, help="stop after so many")
     add = group("machine").add_argument
@@ -560,7 +560,7 @@ def parse_args(argv=None):
     add("--compile", **switch, help="slow start, then faster")
     add("--cache-prefix", **switch, help="run the frozen lower blocks once")
     add("--recompute", **switch, help="activations, for less memory")
-    add("--fsdp", **switch, help="with torchrun: shard the model")
+    add("--fsdp", **switch, help="under torchrun: shard")
     add = group("output").add_argument
     add("--eval-every", type=int, help="steps (a tenth of the run)")
     add("--checkpoint-every", type=int, help="steps (ten minutes)")

@@ -464,10 +464,9 @@ def test_the_device_is_chosen_by_name_and_by_what_is_there(monkeypatch):
     assert asked == ["cuda:3", "cuda:3", "cuda:1", "gpu"]
 
 def test_where_onednn_multiplies_short_texts_on_a_cpu_go_without_the_flash_kernel():
-    for torch.backends.mkldnn.matmul.fp32_precision, *given, flash in (
-            ("none", 9, torch.float32, True), ("bf16", 256, torch.float32, False),
-            ("none", 256, torch.bfloat16, False), ("bf16", 257, torch.bfloat16, True)):
-        gpt.choose_attention(*given)
+    for torch.backends.mkldnn.matmul.fp32_precision, length, flash in (
+            ("none", 100, True), ("bf16", 256, False), ("bf16", 257, True)):
+        gpt.choose_attention(length)
         assert torch.backends.cuda.flash_sdp_enabled() == flash
 
 def test_freed_memory_is_kept_by_glibc_and_onednn_and_the_user_s_limits_win(monkeypatch):
