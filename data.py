@@ -86,7 +86,7 @@ def share_beginnings(encoded, n_embd, dtype):
     first = alike.argmax(1)  # (B, T): the first record that begins so
     own = (first == torch.arange(len(ids))[:, None]) & (ids >= 0)
     kept, T, C = own.flatten().nonzero()[:, 0], ids.shape[1], n_embd
-    n, N = len(kept), -(-len(kept) // 32) * 32  # whole tiles
+    n, N = len(kept), -(-len(kept) // 16) * 16  # whole tiles
     kept = torch.nn.functional.pad(kept, (0, N - n))
     row, time = kept // T, kept % T
     if N * (6 * C + N) > 0.75 * ids.numel() * (6 * C + T):
