@@ -87,10 +87,10 @@ def share_beginnings(encoded, n_embd, dtype):
     own = (first == torch.arange(len(ids))[:, None]) & (ids >= 0)
     kept, T, C = own.flatten().nonzero()[:, 0], ids.shape[1], n_embd
     n, N = len(kept), -(-len(kept) // 16) * 16  # whole tiles
-    kept = torch.nn.functional.pad(kept, (0, N - n))
-    row, time = kept // T, kept % T
     if N * (6 * C + N) > 0.75 * ids.numel() * (6 * C + T):
         return None
+    kept = torch.nn.functional.pad(kept, (0, N - n))
+    row, time = kept // T, kept % T
     seen = alike[row[:, None], row, time] * (time <= time[:, None])
     seen[:, n:] = 0
     mask = seen.to(dtype).log()  # 0 or -inf
