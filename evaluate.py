@@ -3,8 +3,7 @@
 A judge (Ollama, an OpenAI-compatible server, a model of ours) grades each answer from 0 to 100;
 canaries, answers of known grade, show whether it is fit.
 
-    python evaluate.py runs/tiny-all
-    python evaluate.py tiny runs/tiny-all --judge ollama:llama3.2 --pairwise
+    python evaluate.py runs/tiny-all --judge ollama:llama3.2
 """
 
 import argparse

@@ -1,7 +1,6 @@
 """Instruction finetuning of GPT-2 under a freeze policy that is proved.
 
-The training loop is `train`; `run` is the table of contents. The same seed, data and flags give the
-same weights, interrupted or not.
+The training loop is `train`; `run` is the table of contents.
 
     python finetune.py  # the embedded model and data
     python finetune.py --lora-r 16 --model gpt2 --data my-records.json
@@ -22,6 +21,7 @@ import warnings
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from inspect import unwrap
 from pathlib import Path
 
 warnings.filterwarnings("ignore", "Failed.*NumPy")
@@ -142,6 +142,11 @@ def block_of(name, n_layer):
         return int(name.split(".")[1])
     return -1 if name.startswith(("wte.", "wpe.")) else n_layer
 
+class AdamW(torch.optim.AdamW):
+    """Its wrappers would import torch's compiler: 2 s a start."""
+    add_param_group = unwrap(torch.optim.AdamW.add_param_group)
+    step = torch.no_grad()(unwrap(torch.optim.AdamW.step))
+
 def build_optimizer(model, plan, recipe, before):
     """AdamW over plan.parameters(), with the moments that `before` has of them."""
     mixed = len({bool(ADAPTER.search(name)) for name in plan.trainable}) == 2
@@ -151,15 +156,15 @@ def build_optimizer(model, plan, recipe, before):
             rate = recipe.lr * recipe.lr_decay ** max(0, n - 1 - block_of(name, n))
             rate *= 10 if mixed and ADAPTER.search(name) else 1
             groups.setdefault((rate, recipe.weight_decay if p.dim() > 1 else 0.0), []).append(p)
-    optimizer = torch.optim.AdamW([{"params": ps, "peak": rate, "weight_decay": decay}
-                                   for (rate, decay), ps in groups.items()], fused=True)
+    optimizer = AdamW([{"params": ps, "peak": rate, "weight_decay": decay}
+                       for (rate, decay), ps in groups.items()], fused=True)
     known = before.state if before else {}
     optimizer.state.update({p: known[p] for p in plan.parameters() if p in known})
     return optimizer
 
 def train(model, plan, optimizer, first, end, job, noted):
-    """The training loop: what is left of steps `first` to `end` - 1. A signal that is `noted`
-    ends it with a checkpoint and InterruptedError."""
+    """What is left of steps `first` to `end` - 1. A signal that is `noted` ends it with a
+    checkpoint and InterruptedError."""
     machine, recipe = job.machine, job.recipe
     total, parameters = len(job.order), plan.parameters()
     for step in range(job.step, end):
@@ -190,7 +195,7 @@ def train(model, plan, optimizer, first, end, job, noted):
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * rate
         optimizer.step()
-        optimizer.zero_grad()
+        model.zero_grad()
         loss, stop, late, norm = torch.stack([*sums, norm]).tolist()  # waits for the GPU
 
         # Log, validate, checkpoint.
@@ -297,7 +302,7 @@ def load_checkpoint(job, model):
             os.truncate(job.out / "metrics.jsonl", job.logged)  # later steps are taken again
             return saved
         say(f"note     {path} is damaged, passed over")
-        path.unlink(missing_ok=True)  # not to be kept as prev
+        path.unlink(missing_ok=True)
     raise FileNotFoundError(f"--resume: no intact checkpoint in {job.out}; start anew: --overwrite")
 
 def put_back(saved, model, plan, optimizer):
@@ -444,8 +449,7 @@ def run(args):
     saved = load_checkpoint(job, model) if args.resume else None
     say(f"data     {args.data}: {parts.rows} records ({parts.split}); {len(job.train)} train, "
         f"{len(job.val)} validate, {len(parts.test)} test\n"
-        f"model    {args.model} on {machine.device} in {job.recipe.dtype}, lr {job.recipe.lr:g}"
-        + "; compiling slowly" * args.compile)
+        f"model    {args.model} on {machine.device} in {job.recipe.dtype}, lr {job.recipe.lr:g}")
 
     cpu = machine.device.type == "cpu"
     if cpu and not args.compile:  # it wants the setting's old name

@@ -103,7 +103,7 @@ def switch_off(remedy):
 
     file_order = lambda lengths, size, *_: [
         [*range(i, i + size)] for i in range(0, len(lengths), size)]  # none is left over
-    AdamW = torch.optim.AdamW
+    AdamW = finetune.AdamW
     defaults = dict.fromkeys(["ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"], "1024")
     patches = {"mallopt": mock.patch("ctypes.pythonapi", None),
                "caches": mock.patch.dict(os.environ, defaults),
@@ -112,7 +112,7 @@ def switch_off(remedy):
                "head": mock.patch("finetune.loss_sum", all_logits),
                "tree": mock.patch("finetune.share_beginnings", lambda *args: None),
                "lengths": mock.patch("finetune.batches", file_order),
-               "fused": mock.patch("torch.optim.AdamW", lambda groups, fused: AdamW(groups))}
+               "fused": mock.patch("finetune.AdamW", lambda groups, fused: AdamW(groups))}
     if remedy in patches:
         patches[remedy].start()
 

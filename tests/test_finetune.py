@@ -364,7 +364,7 @@ nudge = lambda model: model.wte.weight.data[0, 0].add_(1e-6)
     (1, lambda m: m.ln_f.bias.register_hook(torch.zeros_like), "zero gradients.*ln_f.bias"),
     (0, (finetune, "build_optimizer", lambda model, *_: torch.optim.AdamW(model.parameters())),
      "holds what does not train.*h.0.ln_1.bias"),
-    (0, (torch.optim.AdamW, "step", lambda self: None), "did not change.*h.1.ln_1.bias")])
+    (0, (finetune.AdamW, "step", lambda self: None), "did not change.*h.1.ln_1.bias")])
 def test_a_planted_violation_ends_the_run_with_its_name_and_without_a_result(
         world, tmp_path, monkeypatch, capsys, loss, action, message):
     before_loss(monkeypatch, loss, action) if loss else monkeypatch.setattr(*action)

@@ -5,7 +5,6 @@ import http.server
 import json
 import re
 import struct
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -239,7 +238,7 @@ def test_generation_refuses_what_it_cannot_honour(model, change):
     with pytest.raises(ValueError, match="ids are needed|impossible"):
         generate(model, **{"prompts": [[1, 2]], "max_new_tokens": 3, **change})
 
-def test_saving_and_loading_gives_the_same_model_without_torchs_compiler(model, folder):
+def test_saving_and_loading_gives_the_same_model(model, folder):
     again = GPT.from_pretrained(folder)
     assert again.config == model.config and again.training
     for (name, p), (other, q) in zip(model.named_parameters(), again.named_parameters()):
@@ -250,9 +249,6 @@ def test_saving_and_loading_gives_the_same_model_without_torchs_compiler(model, 
         config = json.loads((folder / "config.json").read_text())
         assert config["eos_token_id"] == written
         assert config["model_type"] == "gpt2" and config["architectures"] == ["GPT2LMHeadModel"]
-    code = f"import gpt, sys; gpt.GPT.from_pretrained({str(folder)!r}); print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert "gpt" in done.stdout.split() and not {"torch._dynamo", "sympy"} & {*done.stdout.split()}
 
 def older(tensors):  # without prefix, and with the mask as buffers
     for name in list(tensors):
