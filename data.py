@@ -78,11 +78,11 @@ def n_targets(encoded, loss_on):
 def share_beginnings(encoded, n_embd, dtype):
     """A batch as one row of N tokens, where what records begin with alike stands once (prefix
     sharing, arXiv 2410.20305). As its cache it shows a model of each token what it saw before:
-    features are the same; dropout is drawn once. kept: (N,), the row's places in the flat (B, T);
-    place: (B T,), those in the row. None if less than a quarter of the work is saved."""
+    features are the same; dropout draws once. kept: (N,), the row's places in the flat (B, T);
+    place: (B T,), those in the row. None if this saves less than a quarter."""
     ids = [torch.tensor(e.ids[:-1]) for e in encoded]
     ids = torch.nn.utils.rnn.pad_sequence(ids, True, -1)  # (B, T)
-    alike = (ids[:, None] == ids).cumprod(-1)  # (B, B, T): up to here
+    alike = (ids[:, None] == ids).cumprod(-1)  # (B, B, T): to here
     first = alike.argmax(1)  # (B, T): the first record that begins so
     own = (first == torch.arange(len(ids))[:, None]) & (ids >= 0)
     kept, T, C = own.flatten().nonzero()[:, 0], ids.shape[1], n_embd
@@ -91,9 +91,9 @@ def share_beginnings(encoded, n_embd, dtype):
         return None
     kept = torch.nn.functional.pad(kept, (0, N - n))
     row, time = kept // T, kept % T
-    seen = alike[row[:, None], row, time] * (time <= time[:, None])
+    seen = alike.bool()[row[:, None], row, time] & (time <= time[:, None])
     seen[:, n:] = 0
-    mask = seen.to(dtype).log()  # 0 or -inf
+    mask = torch.where(seen, 0.0, -torch.inf).to(dtype)
     place = (own.flatten().cumsum(0) - 1).view_as(ids).gather(0, first).flatten()
     return SimpleNamespace(kept=kept, place=place, advance=lambda T: time[None],
                            append=lambda layer, k, v: (k, v, mask))
