@@ -314,6 +314,7 @@ def judge_pairs(pairs, folder, judge):
             "pairs_flipped": mean(pair not in agreed for pair in both)}
 
 def compare(pairs):
+    """On the records that both have."""
     result = {"compared": len(pairs)}
     for metric in ("exact_match", "token_f1", "rouge_l", "judge"):
         both = [(a.get(metric), b.get(metric)) for a, b in pairs.values()]
@@ -406,6 +407,7 @@ def table(runs):
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 def plot_losses(metrics, path):
+    """ImportError without matplotlib."""
     from matplotlib.figure import Figure
     axes = (figure := Figure()).subplots()
     for key, style in ("train_loss", "-"), ("val_loss", "o--"):
@@ -459,7 +461,7 @@ def evaluate(args):
     runs = [score_run(name, args.data, args.template, args.text, device) for name in args.runs]
     for run in runs:
         run.report |= judge_run(run, judge) if judge else {}
-        if run is not runs[0]:  # on the records that both have
+        if run is not runs[0]:
             pairs = {k: (runs[0].rows[k], row) for k, row in run.rows.items() if k in runs[0].rows}
             run.report |= compare(pairs)
             run.report |= judge_pairs(pairs, run.folder, judge) if args.pairwise else {}

@@ -263,7 +263,7 @@ def log(job, epoch, loss, rate, norm, indices, validated):
             job.logged = file.tell()
     text = (f"step {job.step}/{len(job.order)}: loss {loss:.3f}, val {job.val_loss:.3f}, "
             f"{job.tokens / job.seconds:,.0f} tokens/s, ETA {job.seconds / job.step * left:.0f} s")
-    if sys.stdout.isatty():  # one line, updated
+    if sys.stdout.isatty():
         width = shutil.get_terminal_size().columns - 1
         say("\r" + text[:width].ljust(width), end="\n" * validated)
     elif validated:
@@ -311,7 +311,7 @@ def put_back(saved, model, plan, optimizer):
     for name, p in model.named_parameters():
         for key, value in saved["moments"].get(name, {}).items():
             value = value.to(p.device)
-            if hasattr(p, "full_tensor") and value.dim():  # sharded as p is
+            if hasattr(p, "full_tensor") and value.dim():
                 value = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
             optimizer.state[p][key] = value
     plan.resume(model, saved["proof"])
@@ -478,7 +478,7 @@ def run(args):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for module in (*model.h, model) if args.fsdp else ():
         module.set_reshard_after_forward(False)
-        module.unshard()  # whole again
+        module.unshard()
     if machine.world > 1:
         dist.barrier()
     if machine.rank == 0:
@@ -510,7 +510,7 @@ def finish(job, model, folder, tokenizer, test):
     write_json(out / "run.json", record)
     for path in out.glob("checkpoint.*"):
         path.unlink()
-    with suppress(ImportError):  # without matplotlib
+    with suppress(ImportError):
         plot_losses(read_records(out / "metrics.jsonl"), out / "loss.png")
     say(f"trained  {job.step} steps in {job.seconds:.0f} s, val loss {job.val_loss:.3f}, "
         f"{memory / 2**30:.2f} GiB\nproved   {len(job.proofs[-1]['frozen'])} frozen tensors are "

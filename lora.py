@@ -178,6 +178,7 @@ def load_lora(model, folder, name="default"):
     model.load_state_dict(tensors, strict=False)
 
 def run(args):
+    """Show or merge."""
     if args.command == "show":
         print(*_read_adapter(args.folder)[0].items(), sep="\n")
         return
